@@ -1,0 +1,346 @@
+"""Checkpoint folders in the official layout, read and written with nothing but JSON and safetensors.
+
+    model_dir/
+      model_index.json                               which class reads which folder (we never depend on it)
+      scheduler/scheduler_config.json                -> diffusion.Schedule
+      tokenizer/spiece.model | tokenizer.json        -> text_encoder.Tokenizer
+      text_encoder/config.json  model*.safetensors   -> text_encoder.T5Encoder
+      vae/config.json           diffusion_pytorch_model*.safetensors -> vae.VideoVAE
+      transformer/config.json   diffusion_pytorch_model*.safetensors -> transformer.VideoTransformer
+
+Modules name their parameters by the checkpoint's keys, so loading is: build on the meta device, compare names and
+shapes, assign the memory-mapped tensors. Weights come as one file, or as shards with an `*.safetensors.index.json`.
+Pickled weights (.bin, .pt, .ckpt) are never opened: unpickling runs whatever code the file holds.
+
+Every error a user can cause is a ValueError or an OSError of one sentence that names the file and the remedy.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+MAX_SHARD_BYTES = 10 * 2**30  # like diffusers: anything smaller stays one file
+
+
+# ---------------------------------------------------------------- JSON and configs
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, or a ValueError that says what is wrong with the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is missing; is {path.parent} a complete checkpoint folder?"
+        ) from None
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or nested beyond all reason
+        raise ValueError(f"{path} is not readable JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object; download it again")
+    return content
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a JSON value has the type a config field declares; an int may stand for a float."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _check_numbers(path: Path, name: str, value: object) -> None:
+    """Refuse sizes no model has, before they turn into a billion layers or a negative tensor."""
+    largest = 1024 if "layers" in name else 1_000_000
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and not 0 <= number <= largest:
+            raise ValueError(f"{path}: {name} = {number} is outside 0 … {largest}; the config is damaged")
+
+
+def read_config(config_class: type, path: Path):
+    """A config dataclass from a JSON file: declared fields are checked, all others kept in `config.extra`.
+
+    Every config class declares `extra: dict` last, so unknown keys survive a load and a save.
+    """
+    content = read_json(path)
+    hints = typing.get_type_hints(config_class)
+    known = {field.name for field in dataclasses.fields(config_class)} - {"extra"}
+    values = {name: content[name] for name in known & content.keys()}
+    for name, value in sorted(values.items()):
+        if not _fits(value, hints[name]):
+            expected = getattr(hints[name], "__name__", str(hints[name]))
+            raise ValueError(f"{path}: {name} = {json.dumps(value)} should be of type {expected}")
+        _check_numbers(path, name, value)
+    try:
+        return config_class(**values, extra={key: content[key] for key in content.keys() - known})
+    except ValueError as error:  # a config class may check in __post_init__ what its fields mean together
+        raise ValueError(f"{path}: {error}") from None
+
+
+def write_config(config, path: Path, **overrides) -> None:
+    """The inverse of `read_config`; `overrides` are keys such as _class_name, used unless `extra` has them."""
+    content = {**overrides, **config.extra, **dataclasses.asdict(config)}
+    del content["extra"]
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(dict(sorted(content.items())), indent=2) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- weights in
+
+
+def component_dir(model_dir: str | Path, name: str, marker: str = "config.json") -> Path:
+    """The folder of one component: `model_dir/name`, or `model_dir` itself if it holds `marker`."""
+    model_dir = Path(model_dir)
+    if (model_dir / name).is_dir():
+        return model_dir / name
+    if (model_dir / marker).is_file():
+        return model_dir
+    if not model_dir.is_dir():
+        raise FileNotFoundError(f"{model_dir} is not a folder; give a checkpoint folder that holds {name}/")
+    raise FileNotFoundError(f"{model_dir} is not a checkpoint folder: it has neither {name}/ nor {marker}")
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor: {key: path}, from the shards' index or from the single file itself."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        weight_map = read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ValueError(f"{indices[0]} has no usable weight_map; download it again")
+        if outside := [name for name in weight_map.values() if Path(name).name != name]:
+            raise ValueError(
+                f"{indices[0]} points outside its folder ({outside[0]}); do not use this checkpoint"
+            )
+        missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+        if missing:
+            raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its index names; download it again")
+        return {key: folder / name for key, name in weight_map.items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if not files and pickles:
+            raise ValueError(
+                f"{folder} has only pickled weights ({pickles[0]}), which can run code when opened; get .safetensors"
+            )
+        raise FileNotFoundError(
+            f"{folder} has {len(files)} .safetensors files and no index; expected one file"
+        )
+    with open_safetensors(files[0]) as weights:
+        return dict.fromkeys(weights.keys(), files[0])
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator:
+    """`safe_open` with errors a user can read; tensors taken from it are memory-mapped, not copied."""
+    try:
+        with safe_open(path, framework="pt") as weights:
+            yield weights
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); download it again"
+        ) from None
+
+
+def read_tensors(files: dict[str, Path], keys: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """(key, memory-mapped tensor) for each key. Each call opens the files anew, so that the pages of an earlier
+    call can be forgotten: a mapping kept open counts everything ever read through it as resident."""
+    for path in sorted({files[key] for key in keys}):
+        with open_safetensors(path) as weights:
+            present = set(weights.keys())
+            for key in keys:
+                if files[key] == path:
+                    if key not in present:
+                        raise ValueError(
+                            f"{path} lacks {key}, which its index places there; download it again"
+                        )
+                    yield key, weights.get_tensor(key)
+
+
+def check_keys(folder: Path, expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
+    """Stop at missing, unexpected or mis-shaped weights, naming the first few of each."""
+    problems = []
+    for title, keys in (
+        ("missing", expected.keys() - found.keys()),
+        ("unexpected", found.keys() - expected.keys()),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            problems.append(f"{title}: {', '.join(sorted(keys)[:3])}{more}")
+    shapes = [k for k in sorted(expected.keys() & found.keys()) if tuple(expected[k]) != tuple(found[k])]
+    if shapes:
+        shown = ", ".join(
+            f"{k} is {list(found[k])}, the config asks for {list(expected[k])}" for k in shapes[:3]
+        )
+        problems.append(f"mis-shaped: {shown}" + (f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""))
+    if problems:
+        raise ValueError(f"weights in {folder} do not match its config.json: {'; '.join(problems)}")
+
+
+def load_weights(
+    module: nn.Module,
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    aliases: dict[str, str] = {},
+) -> None:
+    """Fill a module built on the meta device from a component folder, strictly.
+
+    dtype: of the loaded floating-point tensors; None keeps each as it is stored.
+    aliases: {other name: our name} for keys that name a tensor twice; they may be absent, present, or stand alone.
+    raises ValueError if a key is missing, unexpected or mis-shaped
+    """
+    state = {}
+    files = weight_files(folder)
+    for key, tensor in read_tensors(files, list(files)):
+        if key in aliases and aliases[key] in files:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{folder}: {key} is {tensor.dtype}; only floating-point weights are read, not quantised ones"
+            )
+        state[aliases.get(key, key)] = tensor.to(device=device, dtype=dtype)
+    expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    check_keys(folder, expected, {key: tensor.shape for key, tensor in state.items()})
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+# ---------------------------------------------------------------- weights out
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that is synced to disk and renamed to `path` if the block succeeds.
+
+    A kill at any moment leaves either the old file or the new one, never half of one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # writers look at the suffix
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """Like `atomic_write` for a whole folder: it appears complete, synced and under its name, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for part in sorted(temporary.rglob("*")):
+            _sync(part)
+        _sync(temporary)
+        if path.exists():  # a folder cannot be replaced in one step: move the old one aside first
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_weights(
+    state: dict[str, Tensor], folder: Path, stem: str, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write `folder/stem.safetensors`, or shards and an index when it would pass `max_shard_bytes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for key, tensor in state.items():
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + num_bytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor.detach().to("cpu").contiguous()
+        size += num_bytes
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards):
+        with atomic_write(folder / name) as temporary:
+            try:
+                save_file(
+                    shard, temporary, metadata={"format": "pt"}
+                )  # transformers refuses files without the note
+            except SafetensorError as error:
+                raise OSError(f"cannot write {folder / name} ({error}); is the disk full?") from None
+    index = folder / f"{stem}.safetensors.index.json"
+    if len(shards) > 1:
+        total = sum(t.numel() * t.element_size() for t in state.values())
+        weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+        with atomic_write(index) as temporary:
+            temporary.write_text(
+                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+            )
+    else:
+        index.unlink(missing_ok=True)
+    for stale in set(folder.glob(f"{stem}*.safetensors")) - {folder / name for name in names}:
+        stale.unlink()  # a model saved before with another number of shards
+
+
+# ---------------------------------------------------------------- one component, in and out
+
+
+def load_component(
+    module_class: type,
+    config_class: type,
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    aliases: dict[str, str] = {},
+):
+    """`module_class(config)` with the weights of `folder`, built on the meta device so nothing is initialised twice."""
+    config = read_config(config_class, folder / "config.json")
+    with torch.device("meta"):
+        module = module_class(config)
+    load_weights(module, folder, dtype, device, aliases)
+    return module.eval()
+
+
+def save_component(
+    module: nn.Module,
+    folder: Path,
+    stem: str = "diffusion_pytorch_model",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    **stamps,
+) -> None:
+    """config.json and weights of a module with a `.config`, in the layout `load_component`, diffusers and
+    transformers read. stamps: config keys that say whose class it is, such as _class_name."""
+    save_weights(module.state_dict(), folder, stem, max_shard_bytes)
+    write_config(module.config, folder / "config.json", **stamps)
