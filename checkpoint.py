@@ -8,8 +8,8 @@
       vae/config.json           diffusion_pytorch_model*.safetensors -> vae.VideoVAE
       transformer/config.json   diffusion_pytorch_model*.safetensors -> transformer.VideoTransformer
 
-Modules name their parameters by the checkpoint's keys, so loading is: build on the meta device, compare names and
-shapes, assign the memory-mapped tensors. Weights come as one file, or as shards with an `*.safetensors.index.json`.
+Modules name their parameters by the checkpoint's keys, so loading is: build on the meta device, compare names
+and shapes, assign the memory-mapped tensors. Weights come as one file, or as shards with an index file.
 Pickled weights (.bin, .pt, .ckpt) are never opened: unpickling runs whatever code the file holds.
 
 Every error a user can cause is a ValueError or an OSError of one sentence that names the file and the remedy.
@@ -94,7 +94,7 @@ def read_config(config_class: type, path: Path):
 
 
 def write_config(config, path: Path, **overrides) -> None:
-    """The inverse of `read_config`; `overrides` are keys such as _class_name, used unless `extra` has them."""
+    """The inverse of `read_config`; `overrides` (such as _class_name) are used where `extra` lacks them."""
     content = {**overrides, **config.extra, **dataclasses.asdict(config)}
     del content["extra"]
     with atomic_write(path) as temporary:
@@ -136,7 +136,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if not files and pickles:
             raise ValueError(
-                f"{folder} has only pickled weights ({pickles[0]}), which can run code when opened; get .safetensors"
+                f"{folder} has only pickled weights ({pickles[0]}); they can run code, so get .safetensors"
             )
         raise FileNotFoundError(
             f"{folder} has {len(files)} .safetensors files and no index; expected one file"
@@ -160,8 +160,10 @@ def open_safetensors(path: Path) -> Iterator:
 
 
 def read_tensors(files: dict[str, Path], keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(key, memory-mapped tensor) for each key. Each call opens the files anew, so that the pages of an earlier
-    call can be forgotten: a mapping kept open counts everything ever read through it as resident."""
+    """(key, memory-mapped tensor) for each key.
+
+    Each call opens the files anew, so that the pages of an earlier call can be forgotten: a mapping kept open
+    counts everything ever read through it as resident."""
     for path in sorted({files[key] for key in keys}):
         with open_safetensors(path) as weights:
             present = set(weights.keys())
@@ -204,7 +206,7 @@ def load_weights(
     """Fill a module built on the meta device from a component folder, strictly.
 
     dtype: of the loaded floating-point tensors; None keeps each as it is stored.
-    aliases: {other name: our name} for keys that name a tensor twice; they may be absent, present, or stand alone.
+    aliases: {other name: our name} for keys that name a tensor twice; either name, or both, may be present.
     raises ValueError if a key is missing, unexpected or mis-shaped
     """
     state = {}
@@ -245,7 +247,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Like `atomic_write` for a whole folder: it appears complete, synced and under its name, or not at all."""
+    """Like `atomic_write` for a whole folder: it appears complete, synced and named, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -325,7 +327,7 @@ def load_component(
     device: str | torch.device,
     aliases: dict[str, str] = {},
 ):
-    """`module_class(config)` with the weights of `folder`, built on the meta device so nothing is initialised twice."""
+    """`module_class(config)` with the weights of `folder`, built on the meta device: nothing initialised twice."""
     config = read_config(config_class, folder / "config.json")
     with torch.device("meta"):
         module = module_class(config)
