@@ -327,7 +327,7 @@ def load_component(
     device: str | torch.device,
     aliases: dict[str, str] = {},
 ):
-    """`module_class(config)` with the weights of `folder`, built on the meta device: nothing initialised twice."""
+    """`module_class(config)` with the weights of `folder`; building on the meta device costs nothing."""
     config = read_config(config_class, folder / "config.json")
     with torch.device("meta"):
         module = module_class(config)
