@@ -1,0 +1,30 @@
+"""Fixtures shared by the tests: the small goldens in tests/goldens (see the README there)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDENS = Path(__file__).parent / "goldens"
+FUN = ["fun-2b-inp", "fun-5b-inp", "fun-1.5-5b-inp", "fun-2b-control"]
+PLAIN = ["cogvideox-2b-t2v", "cogvideox-5b-t2v", "cogvideox-5b-i2v"]
+VARIANTS = FUN + PLAIN
+
+
+def expected(variant: str) -> dict[str, Tensor]:
+    """The reference's tensors for one variant, by name."""
+    return load_file(GOLDENS / variant / "expected.safetensors")
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    """Largest absolute difference below `tolerance`, with both shapes equal and nothing NaN."""
+    assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
+    error = (ours.double() - theirs.double()).abs().max().item()
+    assert error < tolerance, f"largest difference {error:.2e}, tolerance {tolerance:.0e}"
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)
