@@ -1,4 +1,4 @@
-"""Timesteps, patches and positions: against formulas written out another way, and against the reference's tables."""
+"""Timesteps, patches, positions: against formulas written another way and against the reference's tables."""
 
 import json
 import math

@@ -1,0 +1,415 @@
+"""The transformer: the reference's outputs and gradients, its folder in and out, its refusals."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDENS, VARIANTS, assert_close, expected
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from transformer import TransformerConfig, VideoTransformer, grow_input_channels
+
+CASES = [
+    (variant, int(key[4:-2]))
+    for variant in VARIANTS
+    for key in sorted(expected(variant))
+    if key.startswith("tr.g") and key.endswith(".x")
+]
+TINY = TransformerConfig(
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_layers=2,
+    time_embed_dim=16,
+    text_embed_dim=8,
+    max_text_seq_length=5,
+    sample_width=6,
+    sample_height=4,
+    sample_frames=9,
+)
+
+
+def load(variant: str) -> VideoTransformer:
+    return VideoTransformer.from_pretrained(GOLDENS / variant)
+
+
+def case(variant: str, index: int) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    """The tensors of one recorded call, and its arguments in our layout."""
+    g = {key.split(".", 2)[2]: t for key, t in expected(variant).items() if key.startswith(f"tr.g{index}.")}
+    condition = g["extra"].transpose(1, 2) if "extra" in g else None
+    return g, [g["x"].transpose(1, 2), g["t"], g["text"], condition]
+
+
+def random_model(config: TransformerConfig) -> VideoTransformer:
+    """All parameters random: those that start at zero would hide mistakes."""
+    dit = VideoTransformer(config)
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return dit
+
+
+def random_inputs(dit: VideoTransformer, f: int = 3, h: int = 4, w: int = 6) -> list[Tensor | None]:
+    c = dit.config
+    condition = torch.randn(2, c.in_channels - 16, f, h, w) if c.in_channels > 16 else None
+    text = torch.randn(2, c.max_text_seq_length, c.text_embed_dim)
+    return [torch.randn(2, 16, f, h, w), torch.tensor([3, 999]), text, condition]
+
+
+# ---------------------------------------------------------------- the reference's numbers
+
+# Outputs are of order 4, computed in float32 through two blocks; other summation orders move them by 2e-6.
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("variant, index", CASES)
+def test_velocity_equals_the_reference(variant, index):
+    g, inputs = case(variant, index)
+    with torch.no_grad():
+        velocity = load(variant)(*inputs)
+    assert_close(velocity.transpose(1, 2), g["out"], TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("variant, index", [c for c in CASES if "loss" in case(*c)[0]])
+def test_loss_and_gradients_equal_the_reference(variant, index, checkpointing):
+    g, inputs = case(variant, index)
+    dit = load(variant)
+    dit.activation_checkpointing = checkpointing
+    loss = F.mse_loss(dit(*inputs).transpose(1, 2), g["target"])
+    loss.backward()
+    parameters = dict(dit.named_parameters())
+    assert_close(loss.detach(), g["loss"], TOLERANCE)
+    norm = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
+    assert_close(norm, g["grad_norm"], TOLERANCE)
+    names = [key.removeprefix("grad.") for key in g if key.startswith("grad.")]
+    assert len(names) >= 3
+    for name in names:
+        theirs = g[f"grad.{name}"]
+        assert_close(
+            parameters[name].grad, theirs, 1e-4 * theirs.abs().max().item()
+        )  # float32 sums over tokens
+
+
+@pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-5b-inp", "fun-1.5-5b-inp"])
+def test_the_training_prediction_equals_the_reference(variant):
+    g = {
+        key: t[:2] for key, t in expected(variant).items() if key.startswith(("train.", "text.")) and t.dim()
+    }
+    noisy, condition = g["train.noisy"].transpose(1, 2), g["train.inpaint_latents"].transpose(1, 2)
+    with torch.no_grad():
+        velocity = load(variant)(noisy, g["train.t"], g["text.prompt_embeds"], condition)
+    assert_close(velocity.transpose(1, 2), g["train.pred"], TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_we_save_gives_the_same_velocity_in_diffusers(variant, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    ours = load(variant)
+    ours.save_pretrained(tmp_path)
+    theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    c = ours.config
+    f, rows, cols = c.native_grid
+    f = f // 2 * 2 if c.patch_size_t else f  # it pads no frames
+    noisy, t, text, condition = random_inputs(ours, f, rows * c.patch_size, cols * c.patch_size)
+    latents = noisy if condition is None else torch.cat([noisy, condition], dim=1)
+    num_text = c.max_text_seq_length
+    with torch.no_grad():
+        _, rope = ours._positions((f // (c.patch_size_t or 1), rows, cols), num_text, noisy.device)
+        rope = rope and tuple(part[num_text:].repeat_interleave(2, dim=-1) for part in rope)
+        theirs = theirs(latents.transpose(1, 2), text, t, image_rotary_emb=rope).sample.transpose(1, 2)
+        assert_close(ours(noisy, t, text, condition), theirs, TOLERANCE)
+
+
+# ---------------------------------------------------------------- properties
+
+
+def test_a_lone_frame_is_a_pair_with_a_zero_frame_in_v15():
+    dit = load("fun-1.5-5b-inp")
+    noisy, t, text, condition = random_inputs(dit, f=1)
+    padded = [F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (noisy, condition)]
+    with torch.no_grad():
+        pair = dit(padded[0], t, text, padded[1])
+        assert torch.equal(dit(noisy, t, text, condition), pair[:, :, :1])
+
+
+def test_learned_positions_give_way_to_sincos_at_another_length():
+    diffusers = pytest.importorskip("diffusers")
+    ours = load("cogvideox-5b-i2v")
+    theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(
+        GOLDENS / "cogvideox-5b-i2v" / "transformer"
+    )
+    noisy, t, text, condition = random_inputs(ours, f=2)
+    with torch.no_grad():
+        _, rope = ours._positions((2, 2, 3), 0, noisy.device)
+        rope = tuple(part.repeat_interleave(2, dim=-1) for part in rope)
+        latents = torch.cat([noisy, condition], dim=1).transpose(1, 2)
+        theirs = theirs(latents, text, t, image_rotary_emb=rope).sample.transpose(1, 2)
+        assert_close(ours(noisy, t, text, condition), theirs, TOLERANCE)
+
+
+def test_the_position_rule_can_be_overridden_and_matters_off_the_native_grid():
+    dit = load("fun-2b-inp")
+    native, wide = random_inputs(dit), random_inputs(dit, w=10)
+    with torch.no_grad():
+        before = dit(*native), dit(*wide)
+        dit.position = "regenerate"
+        assert torch.equal(dit(*native), before[0])
+        assert (dit(*wide) - before[1]).abs().max() > 0.1
+        dit(*random_inputs(dit, f=7))  # and any number of frames fits
+
+
+@pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-1.5-5b-inp", "cogvideox-5b-i2v"])
+def test_recomputing_activations_changes_no_gradient(variant):
+    dit = load(variant)
+    inputs, gradients = random_inputs(dit, f=2), []
+    for dit.activation_checkpointing in (False, True):
+        dit.zero_grad()
+        dit(*inputs).square().mean().backward()
+        gradients.append([p.grad.clone() for p in dit.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_one_timestep_serves_the_whole_batch():
+    dit = random_model(TINY)
+    noisy, _, text, _ = random_inputs(dit)
+    with torch.no_grad():
+        velocity = dit(noisy, torch.tensor([7, 7]), text)
+        assert torch.equal(dit(noisy, 7, text), velocity)
+        assert torch.equal(dit(noisy, torch.tensor(7), text), velocity)
+        assert not torch.allclose(dit(noisy, 8, text), velocity, atol=1e-3)
+
+
+def test_text_may_come_projected():
+    dit = random_model(TINY)
+    noisy, t, text, _ = random_inputs(dit)
+    with torch.no_grad():
+        assert torch.equal(dit(noisy, t, dit.project_text(text), text_projected=True), dit(noisy, t, text))
+
+
+def test_samples_of_a_batch_do_not_meet():
+    dit = load("fun-5b-inp")
+    noisy, t, text, condition = random_inputs(dit)
+    with torch.no_grad():
+        both = dit(noisy, t, text, condition)
+        assert_close(dit(noisy[1:], t[1:], text[1:], condition[1:]), both[1:], TOLERANCE)
+
+
+def test_rope_models_take_text_of_any_length_on_any_grid():
+    dit = load("cogvideox-5b-t2v")
+    with torch.no_grad():
+        velocity = dit(torch.randn(1, 16, 4, 14, 2), 0, torch.randn(1, 3, dit.config.text_embed_dim))
+    assert velocity.shape == (1, 16, 4, 14, 2)
+
+
+def test_half_precision_stays_half_precision_and_near():
+    dit = load("fun-5b-inp")
+    inputs = random_inputs(dit)
+    half = [x if x is None or not x.is_floating_point() else x.bfloat16() for x in inputs]
+    with torch.no_grad():
+        velocity, ours = (
+            dit(*inputs),
+            VideoTransformer.from_pretrained(GOLDENS / "fun-5b-inp", torch.bfloat16)(*half),
+        )
+    assert ours.dtype == torch.bfloat16
+    assert_close(ours.float(), velocity, 0.15)  # 8 bits of outputs of order 4, through two blocks
+
+
+@pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-1.5-5b-inp", "cogvideox-5b-i2v"])
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_the_model_compiles_in_one_graph(variant):
+    dit = load(variant)
+    inputs = random_inputs(dit, f=2)
+    with torch.no_grad():
+        compiled = torch.compile(dit, backend="eager", fullgraph=True)
+        assert_close(compiled(*inputs), dit(*inputs), TOLERANCE)
+
+
+# ---------------------------------------------------------------- training from scratch, growing
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_new_model_predicts_zero_and_every_weight_learns_within_three_steps(learned):
+    extra = {"use_learned_positional_embeddings": True, "use_rotary_positional_embeddings": True}
+    dit = VideoTransformer(replace(TINY, **extra) if learned else TINY)
+    inputs = random_inputs(dit)
+    assert not dit(*inputs).any()
+    before = {name: p.detach().clone() for name, p in dit.named_parameters()}
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-3, weight_decay=0)
+    for _ in range(3):  # the output layer moves first, then the gates, then what is behind them
+        optimizer.zero_grad()
+        (dit(*inputs) - 1).square().mean().backward()
+        optimizer.step()
+    still = [name for name, p in dit.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+
+
+def test_a_new_learned_table_is_sincos_without_positions_for_text():
+    extra = {"use_learned_positional_embeddings": True, "use_rotary_positional_embeddings": True}
+    dit = VideoTransformer(replace(TINY, **extra))
+    table = dit.patch_embed.pos_embedding[0]
+    assert not table[:5].any() and torch.equal(
+        table, VideoTransformer(TINY)._positions((3, 2, 3), 5, table.device)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "variant", ["cogvideox-2b-t2v", "cogvideox-5b-t2v", "fun-1.5-5b-inp", "cogvideox-5b-i2v"]
+)
+def test_new_input_channels_change_nothing_until_trained(variant, tmp_path):
+    dit = load(variant)
+    inputs = random_inputs(dit, f=dit.config.native_grid[0] // 2 * 2)
+    with torch.no_grad():
+        before = dit(*inputs)
+        grow_input_channels(dit, 40)
+        more = torch.randn(2, 40 - 16, *inputs[0].shape[2:])
+        if inputs[3] is not None:
+            more[:, : inputs[3].shape[1]] = inputs[3]
+        assert_close(dit(*inputs[:3], more), before, TOLERANCE)
+    dit(*inputs[:3], more).square().mean().backward()
+    gradient = dit.patch_embed.proj.weight.grad
+    assert gradient is not None and gradient.flatten(1).bool().any(0).all()  # the new weights learn
+    dit.save_pretrained(tmp_path)
+    again = VideoTransformer.from_pretrained(tmp_path)
+    assert again.config == dit.config and again.position == dit.position
+    assert_close(again(*inputs[:3], more), before, TOLERANCE)
+
+
+def test_growing_does_not_shrink():
+    with pytest.raises(ValueError, match="in_channels = 16 is less than the model's 33"):
+        grow_input_channels(load("fun-2b-inp"), 16)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(GOLDENS / "fun-5b-inp" / "transformer", tmp_path / "transformer")
+    return tmp_path
+
+
+def edit_weights(folder, change) -> None:
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    change(state)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("proj_out.bias"), "missing: proj_out.bias"),
+        (lambda s: s.update(new=torch.zeros(1)), "unexpected: new"),
+        (lambda s: s.update({"proj_out.bias": torch.zeros(3)}), r"mis-shaped: proj_out.bias is \[3\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, change, message):
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=message):
+        VideoTransformer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shards_and_unknown_config_keys_survive_a_save(variant, tmp_path):
+    dit = load(variant)
+    dit.config.extra["new_key"] = [1, {"a": None}]
+    dit.save_pretrained(tmp_path, max_shard_bytes=20_000)
+    assert len(list((tmp_path / "transformer").glob("*-of-*.safetensors"))) > 1
+    again = VideoTransformer.from_pretrained(tmp_path / "transformer")  # the component's folder works too
+    assert again.config == dit.config
+    assert all(torch.equal(a, b) for a, b in zip(dit.state_dict().values(), again.state_dict().values()))
+    written = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    original = json.loads((GOLDENS / variant / "transformer" / "config.json").read_text())
+    assert original.items() <= written.items() and written["new_key"] == [1, {"a": None}]
+
+
+def test_a_new_model_writes_the_reference_s_class_name(tmp_path):
+    VideoTransformer(TINY).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    assert written["_class_name"] == "CogVideoXTransformer3DModel"
+
+
+# ---------------------------------------------------------------- refusals
+
+ROPE = {"use_rotary_positional_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"ofs_embed_dim": 512}, "ofs_embed_dim = 512 is not supported"),
+        ({"activation_fn": "gelu"}, "activation_fn = 'gelu' is not supported"),
+        ({"timestep_activation_fn": "gelu"}, "timestep_activation_fn = 'gelu'"),
+        ({"temporal_compression_ratio": 8}, "temporal_compression_ratio = 8"),
+        ({"flip_sin_to_cos": False}, "flip_sin_to_cos = False"),
+        ({"freq_shift": 1}, "freq_shift = 1"),
+        ({"dropout": 0.1}, "dropout = 0.1"),
+        ({"patch_size_t": 3, **ROPE}, "patch_size_t = 3"),
+        ({"patch_size": 0}, "patch_size = 0 must be positive"),
+        ({"in_channels": 8}, "in_channels = 8 is below out_channels = 16"),
+        ({"sample_height": 1}, r"grid of \(3, 0, 3\)"),
+        ({"attention_head_dim": 24, **ROPE}, "attention_head_dim must be a multiple of 16"),
+        ({"attention_head_dim": 12}, r"num_attention_heads \* attention_head_dim must be a multiple of 16"),
+        ({"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings needs RoPE"),
+        ({"patch_size_t": 2}, "patch_size_t needs use_rotary_positional_embeddings"),
+    ],
+)
+def test_configs_we_cannot_run_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    "variant, change, message",
+    [
+        (
+            "fun-2b-inp",
+            {"condition": None},
+            r"condition is None; a model of 33 channels needs \(1, 17, 4, 4, 6\)",
+        ),
+        ("fun-2b-inp", {"condition": (1, 16, 4, 4, 6)}, r"condition is \(1, 16, 4, 4, 6\)"),
+        ("fun-2b-inp", {"condition": (1, 17, 3, 4, 6)}, r"condition is \(1, 17, 3, 4, 6\)"),
+        ("cogvideox-2b-t2v", {"condition": (1, 17, 4, 4, 6)}, "a model of 16 channels needs None"),
+        ("fun-2b-inp", {"noisy": (1, 33, 4, 4, 6)}, "noisy is .* expected b 16 f h w"),
+        ("fun-2b-inp", {"noisy": (1, 16, 4, 5, 6), "condition": (1, 17, 4, 5, 6)}, "latents are 5x6"),
+        (
+            "fun-2b-inp",
+            {"noisy": (1, 16, 5, 4, 6), "condition": (1, 17, 5, 4, 6)},
+            "5 latent frames; .* end at 4",
+        ),
+        ("fun-2b-inp", {"text": (1, 225, 16)}, r"text is \(1, 225, 16\); expected \(1, 226, 16\)"),
+        ("cogvideox-5b-i2v", {"text": (1, 31, 16)}, r"text is \(1, 31, 16\); expected \(1, 32, 16\)"),
+        ("fun-5b-inp", {"text": (1, 32, 15)}, r"text is \(1, 32, 15\)"),
+        ("fun-5b-inp", {"text": (2, 32, 16)}, r"text is \(2, 32, 16\)"),
+        (
+            "cogvideox-5b-i2v",
+            {"noisy": (1, 16, 4, 6, 4), "condition": (1, 16, 4, 6, 4)},
+            "learned positions only fit",
+        ),
+        (
+            "fun-1.5-5b-inp",
+            {"noisy": (1, 16, 3, 4, 6), "condition": (1, 17, 3, 4, 6)},
+            "1 or a multiple of 2",
+        ),
+        (
+            "fun-1.5-5b-inp",
+            {"noisy": (1, 16, 2, 12, 6), "condition": (1, 17, 2, 12, 6)},
+            "positions end at 10x10",
+        ),
+    ],
+)
+def test_inputs_the_model_cannot_take_are_refused_in_one_line(variant, change, message):
+    dit = load(variant)
+    c = dit.config
+    shapes = {
+        "noisy": (1, 16, 4, 4, 6),
+        "text": (1, c.max_text_seq_length, c.text_embed_dim),
+        "condition": (1, c.in_channels - 16, 4, 4, 6) if c.in_channels > 16 else None,
+    } | change
+    tensors = {name: None if shape is None else torch.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message) as error:
+        dit(timesteps=0, **tensors)
+    assert "\n" not in str(error.value)
