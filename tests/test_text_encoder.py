@@ -1,0 +1,488 @@
+"""The tokenizer against sentencepiece, the encoder against the reference's embeddings and transformers."""
+
+import json
+import math
+import random
+import re
+import shutil
+import struct
+
+import pytest
+import torch
+from conftest import GOLDENS, VARIANTS, assert_close, expected
+from safetensors.torch import load_file, save_file
+
+from checkpoint import save_weights
+from text_encoder import T5Config, T5Encoder, Tokenizer, relative_buckets
+
+VARIANT = GOLDENS / "fun-2b-inp"
+TOKENIZER_DIR = VARIANT / "tokenizer"
+WEIGHTS = "text_encoder/model.safetensors"
+# fp32 rounding only: embeddings are of order 4, and two ways to sum a softmax differ by 1e-5 over 226 tokens
+TOLERANCE = 2e-5
+
+
+def prompts(variant):
+    content = json.loads((GOLDENS / variant / "prompts.json").read_text())
+    return content["prompts"], content["negative_prompt"], content["max_length"]
+
+
+def reference_ids(sp, text):
+    """sentencepiece between the literal special tokens; <extra_id_N> eat the white space around them."""
+    special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    special |= {f"<extra_id_{i}>": len(sp) + 99 - i for i in range(100)}
+    text = re.sub(r"\s*(<extra_id_[1-9]?\d>)\s*", r"\1", text)
+    ids = []
+    for part in re.split(r"(<pad>|</s>|<unk>|<extra_id_[1-9]?\d>)", text):
+        ids += [special[part]] if part in special else map(sp.piece_to_id, sp.encode(part, out_type=str))
+    return ids
+
+
+def fuzzed_texts(count, pieces):
+    rng = random.Random(0)
+    blocks = [(0, 0x20), (0x20, 0x7F), (0x7F, 0x250), (0x300, 0x370), (0x1100, 0x1200), (0x2000, 0x2070)]
+    blocks += [(0x2460, 0x2500), (0x3000, 0x3100), (0x3300, 0x3400), (0x4E00, 0x4F00), (0xAC00, 0xAD00)]
+    blocks += [(0xFB00, 0xFB50), (0xFE00, 0xFE10), (0xFF00, 0xFFA0), (0xFF61, 0xFFA0), (0x10000, 0x110000)]
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "<extra_id_0>",
+        "<extra_id_42>",
+        "<extra_id_99>",
+        "<extra_id_100>",
+        "</s",
+    ]
+    words += [
+        "👩\u200d👧",
+        "👍🏽",
+        "🇩🇪",
+        "❤\ufe0f",
+        "ｶﾞ",
+        "ﾊﾟ",
+        "e\u0301",
+        "ö",
+        " ",
+        "  ",
+        "▁",
+        "\u3000",
+        "＜pad＞",
+    ]
+
+    def part(kind):
+        if kind == "word":
+            return rng.choice(words)
+        return rng.choice(pieces) if kind == "piece" else chr(rng.randrange(*kind))
+
+    for _ in range(count):
+        kinds = rng.choices([*blocks, "word", "word", "piece", "piece"], k=rng.randrange(1, 5))
+        yield "".join(part(rng.choice(kinds)) for _ in range(rng.randrange(1, 60)))
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ids_of_the_reference_prompts_are_equal(variant):
+    texts, negative, length = prompts(variant)
+    tokenizer = Tokenizer.from_pretrained(GOLDENS / variant)
+    theirs = expected(variant)
+    assert torch.equal(tokenizer(texts, max_length=length), theirs["text.input_ids"])
+    assert torch.equal(tokenizer([negative], max_length=length), theirs["text.neg_input_ids"])
+
+
+def test_ids_of_fuzzed_unicode_equal_sentencepiece():
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER_DIR / "spiece.model"))
+    pieces = [sp.id_to_piece(i).replace("▁", " ") for i in range(3, len(sp))]
+    tokenizer = Tokenizer.from_pretrained(TOKENIZER_DIR)
+    for text in fuzzed_texts(3000, pieces):
+        assert tokenizer.encode(text) == reference_ids(sp, text), repr(text)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_vocabulary_without_rules_and_with_other_flags_equals_sentencepiece(tmp_path, flag):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    corpus = ["the cat sat on the mat", "a dog and the cat ran", "an apple on a table", "rain  in spain"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=str(tmp_path / "spiece"), vocab_size=26, minloglevel=2,
+        normalization_rule_name="identity", add_dummy_prefix=flag, remove_extra_whitespaces=not flag,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+    )  # fmt: skip
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    for text in [
+        "",
+        " ",
+        "  the cat  sat ",
+        "ﬁne\tday",
+        "xyz the",
+        "a</s> b",
+        "\0cat",
+        *fuzzed_texts(200, corpus),
+    ]:
+        assert tokenizer.encode(text) == reference_ids(sp, text), repr(text)
+
+
+def test_a_long_prompt_is_cut_but_keeps_its_end_token():
+    tokenizer = Tokenizer.from_pretrained(VARIANT)
+    whole = tokenizer(["one two three four five six seven"], max_length=40)
+    cut = tokenizer(["one two three four five six seven"], max_length=5)
+    assert cut.tolist() == [whole[0, :4].tolist() + [1]]
+    assert tokenizer([""], max_length=3).tolist() == [[1, 0, 0]]
+    assert tokenizer(["one"]).shape == (1, 226) and tokenizer(["one"]).dtype == torch.long
+
+
+def test_one_string_counts_as_a_list_of_one_and_no_strings_give_no_rows():
+    tokenizer = Tokenizer.from_pretrained(VARIANT)
+    assert torch.equal(tokenizer("a cat", max_length=8), tokenizer(["a cat"], max_length=8))
+    assert tokenizer([], max_length=8).shape == (0, 8)
+
+
+def test_special_tokens_follow_the_files_and_without_them_t5s_rule(tmp_path):
+    shutil.copy(TOKENIZER_DIR / "spiece.model", tmp_path)
+    text = "before <extra_id_0> middle </s>after \x85<extra_id_99>"
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode(text) == Tokenizer.from_pretrained(TOKENIZER_DIR).encode(text)
+    assert tokenizer.encode("<extra_id_0><extra_id_99>") == [1099, 1000]
+    added = {"1100": {"content": "<new>", "lstrip": False, "rstrip": True}}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"extra_ids": 7, "added_tokens_decoder": added})
+    )
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("<extra_id_6><extra_id_0><new>") == [1000, 1006, 1100]
+    assert len(tokenizer.encode("<extra_id_7>")) > 1  # not special here
+    unknown = tokenizer.encode("\x85")  # white space to Python alone, so only a stripping token removes it
+    assert tokenizer.encode("\x85<new>\x85") == [*unknown, 1100]
+
+
+def test_a_tokenizer_json_is_read_when_there_is_no_spiece_model(tmp_path):
+    vocab = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁red", -1.0], ["▁circle", -2.0]]
+    content = {
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": False},
+        **dict.fromkeys(["padding", "normalizer", "post_processor", "decoder"]),
+        "added_tokens": [],
+    }
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    for path in (tmp_path, folder):
+        tokenizer = Tokenizer.from_pretrained(path)
+        assert tokenizer(["red circle", "blue"], max_length=4).tolist() == [[3, 4, 1, 0], [2, 1, 0, 0]]
+    content["model"]["unk_id"] = None  # only noticed when an unknown word comes
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tokenizer cannot be used"):
+        Tokenizer.from_pretrained(tmp_path)(["blue"])
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json"])
+def test_a_damaged_tokenizer_file_is_one_value_error(tmp_path, name):
+    whole = (
+        (TOKENIZER_DIR / "spiece.model").read_bytes() if name == "spiece.model" else b'{"model": {"type": 1}}'
+    )
+    rng = random.Random(0)
+    damaged = [b"", b"\xff" * 50, b"[" * 10_000, whole[:-1], whole[: len(whole) // 2], whole[:7]]
+    damaged += [bytes(rng.randrange(256) for _ in range(200)) for _ in range(50)]
+    for content in damaged:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name) as error:
+            Tokenizer.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_table_of_replacements_never_hangs_or_crashes(tmp_path):
+    whole = (TOKENIZER_DIR / "spiece.model").read_bytes()
+    rng = random.Random(0)
+    outcomes = set()
+    for _ in range(40):
+        content = bytearray(whole)
+        for _ in range(20_000):
+            content[rng.randrange(30_000, len(content) - 2000)] = rng.randrange(256)
+        (tmp_path / "spiece.model").write_bytes(content)
+        try:
+            Tokenizer.from_pretrained(tmp_path)(["a ﬁne day ｶﾞ é 一 \x00\x85", "x" * 500])
+            outcomes.add("read")
+        except ValueError as error:
+            outcomes.add(str(error))
+    assert "the tokenizer's table of replacements is damaged; download it again" in outcomes
+
+
+def message(*fields):
+    """A protobuf message of (number, bytes or int or float)."""
+    out = b""
+    for number, value in fields:
+        if isinstance(value, bytes):
+            size = len(value)
+            out += bytes([number << 3 | 2, size & 127 | 128, size >> 7]) + value
+        elif isinstance(value, float):
+            out += bytes([number << 3 | 5]) + struct.pack("<f", value)
+        else:
+            out += bytes([number << 3 & 127 | 128, number >> 4, value])
+    return out
+
+
+def tiny_spiece(kind=1, trainer=b"", normalizer=b"", score=-1.0, name=b"a"):
+    specials = [(b"<pad>", 3), (b"</s>", 3), (b"<unk>", 2)]
+    pieces = [message((1, text), (2, 0.0), (3, kind)) for text, kind in specials]
+    pieces.append(message((1, name), (2, score), (3, kind)))
+    return message(*((1, piece) for piece in pieces), (2, trainer), (3, normalizer))
+
+
+def test_a_small_handmade_vocabulary_is_read(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(tiny_spiece())
+    assert Tokenizer.from_pretrained(tmp_path).encode("aa") == [2, 3, 3]  # ▁ is unknown
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"kind": 4}, "of another kind"),  # user-defined
+        ({"kind": 6}, "of another kind"),  # byte fallback
+        ({"trainer": message((3, 2))}, "of another kind"),  # byte pair encoding
+        ({"trainer": message((24, 1))}, "of another kind"),  # the space ends a word
+        ({"normalizer": message((5, 0))}, "of another kind"),  # spaces stay spaces
+        ({"score": math.nan}, "damaged"),
+        ({"name": b""}, "damaged"),
+        ({"name": b"\xff"}, "damaged"),
+        ({"name": b"</s>"}, "twice"),
+        ({"normalizer": message((2, b"\1\0\0\0"))}, "cut off"),
+    ],
+)
+def test_a_vocabulary_of_another_kind_is_refused_in_one_sentence(tmp_path, changes, sentence):
+    (tmp_path / "spiece.model").write_bytes(tiny_spiece(**changes))
+    with pytest.raises(ValueError, match=sentence):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"extra_ids": "many"},
+        {"extra_ids": 10**12},
+        {"added_tokens_decoder": []},
+        {"added_tokens_decoder": {"5": 3}},
+        {"added_tokens_decoder": {"-5": {"content": "x"}}},
+        {"added_tokens_decoder": {"5": {"content": ""}}},
+    ],
+)
+def test_an_unusable_tokenizer_config_is_one_value_error(tmp_path, config):
+    shutil.copy(TOKENIZER_DIR / "spiece.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="tokenizer_config.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_prompts_that_cannot_be_tokenized_are_refused(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(VARIANT)
+    for prompt in ("half a \ud800 pair", 3, None, b"bytes"):
+        with pytest.raises(ValueError, match="not a string of valid Unicode"):
+            tokenizer([prompt])
+    with pytest.raises(ValueError, match="max_length=0"):
+        tokenizer(["a"], max_length=0)
+    with pytest.raises(FileNotFoundError, match="tokenizer"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(FileNotFoundError, match="neither spiece.model nor tokenizer.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------- encoder
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of one checkpoint's text_encoder that a test may change."""
+    shutil.copytree(VARIANT / "text_encoder", tmp_path / "text_encoder")
+    return tmp_path
+
+
+def some_ids(b=2, length=40, vocab=1120):
+    return torch.randint(0, vocab, (b, length))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_embeddings_equal_the_reference(variant, stream):
+    theirs = expected(variant)
+    texts, negative, length = prompts(variant)
+    tokenizer = Tokenizer.from_pretrained(GOLDENS / variant)
+    t5 = T5Encoder.from_pretrained(GOLDENS / variant, stream=stream)
+    chosen = (0, 1, 5, 11) if variant == "fun-2b-inp" else (0, 1, 2, 3)
+    ids = tokenizer([texts[i] for i in chosen], max_length=length)
+    with torch.no_grad():
+        assert_close(t5(ids), theirs["text.prompt_embeds"], TOLERANCE)
+        assert_close(t5(tokenizer(negative, max_length=length)), theirs["text.neg_embeds"], TOLERANCE)
+
+
+def odd_config(**changes):
+    """No two sizes alike, and every number that could be hard-coded away from T5's own."""
+    sizes = dict(vocab_size=60, d_model=24, d_kv=6, d_ff=36, num_layers=3, num_heads=5)
+    buckets = dict(relative_attention_num_buckets=12, relative_attention_max_distance=25)
+    return T5Config(**{**sizes, **buckets, "layer_norm_epsilon": 0.03, **changes})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # one rounding of an output of order 2 in the type's own precision; the sums inside differ in order
+    [(torch.float32, 1e-5), (torch.bfloat16, 6e-2), (torch.float16, 6e-3)],
+)
+def test_what_we_save_gives_the_same_in_transformers(tmp_path, dtype, tolerance):
+    transformers = pytest.importorskip("transformers")
+    T5Encoder(odd_config()).save_pretrained(tmp_path)
+    ours = T5Encoder.from_pretrained(tmp_path, dtype=dtype)
+    theirs = transformers.T5EncoderModel.from_pretrained(tmp_path / "text_encoder", dtype=dtype).eval()
+    assert {k: v.dtype for k, v in ours.state_dict().items()}.items() <= {
+        k: v.dtype for k, v in theirs.state_dict().items()
+    }.items()
+    ids = some_ids(2, 40, 60)
+    with torch.no_grad():
+        text, peer = ours(ids), theirs(ids).last_hidden_state
+    assert text.dtype == peer.dtype == dtype
+    assert_close(text, peer, tolerance)
+
+
+def test_saving_and_loading_returns_the_same_encoder_and_config(tmp_path):
+    t5 = T5Encoder.from_pretrained(VARIANT)
+    t5.save_pretrained(tmp_path)
+    again = T5Encoder.from_pretrained(tmp_path)
+    assert again.config == t5.config and again.config.extra["architectures"] == ["T5EncoderModel"]
+    for name, tensor in t5.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_buckets_are_exact_near_logarithmic_far_and_apart_before_and_after():
+    row = relative_buckets(400, 32, 128)[200]
+    assert row[200:209].tolist() == [0, *range(17, 24), 24]  # keys after the query: 16 + distance below 8
+    assert row[192:200].tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
+    logarithmic = [8 + int(8 * math.log(distance / 8) / math.log(16)) for distance in range(8, 128)]
+    assert row[72:193].flip(0)[:120].tolist() == logarithmic
+    assert row[:73].unique().tolist() == [15] and row[328:].unique().tolist() == [31]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_streamed_from_shards_gives_exactly_the_same(checkpoint, dtype):
+    whole = T5Encoder.from_pretrained(checkpoint, dtype=dtype)
+    ids = some_ids()
+    weights = load_file(checkpoint / WEIGHTS)
+    save_weights(weights, checkpoint / "text_encoder", "model", max_shard_bytes=20_000)
+    assert len(list((checkpoint / "text_encoder").glob("*.safetensors"))) == 3
+    streamed = T5Encoder.from_pretrained(checkpoint / "text_encoder", dtype=dtype, stream=True)
+    text = streamed(ids)
+    with torch.no_grad():  # with gradients attention takes another kernel and rounds otherwise
+        assert torch.equal(text, whole(ids)) and text.dtype == dtype
+    assert not text.requires_grad
+    assert torch.equal(text, streamed(ids))  # once more, from disk again
+    assert all(parameter.is_meta for parameter in streamed.parameters())  # nothing was kept
+    with pytest.raises(ValueError, match="holds no weights"):
+        streamed.save_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "names", [["encoder.embed_tokens.weight"], ["encoder.embed_tokens.weight", "shared.weight"]]
+)
+def test_the_embedding_may_go_by_its_other_name(checkpoint, names, stream):
+    ids = some_ids()
+    with torch.no_grad():
+        text = T5Encoder.from_pretrained(checkpoint)(ids)
+    weights = load_file(checkpoint / WEIGHTS)
+    table = weights.pop("shared.weight")
+    save_file({**weights, **{name: table.clone() for name in names}}, checkpoint / WEIGHTS)
+    with torch.no_grad():
+        assert torch.equal(T5Encoder.from_pretrained(checkpoint, stream=stream)(ids), text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_weights_that_do_not_fit_stop_the_load_by_name(checkpoint, stream):
+    weights = load_file(checkpoint / WEIGHTS)
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+
+    def load(changed, match):
+        save_file(changed, checkpoint / WEIGHTS)
+        with pytest.raises(ValueError, match=match):
+            T5Encoder.from_pretrained(checkpoint, stream=stream)
+
+    load({k: v for k, v in weights.items() if k != name}, f"missing: {re.escape(name)}")
+    load({**weights, "decoder.x": torch.ones(1)}, "unexpected: decoder.x")
+    load(
+        {**weights, name: weights[name][:, 1:].clone()},
+        "mis-shaped: .*wo.weight is .16, 39.*asks for .16, 40",
+    )
+    load({**weights, name: weights[name].to(torch.int8)}, "floating-point")
+
+
+def test_half_precision_keeps_the_last_feed_forward_weight_in_fp32_unrounded():
+    stored = load_file(VARIANT / WEIGHTS)
+    for dtype, kept in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        for name, tensor in T5Encoder.from_pretrained(VARIANT, dtype=dtype).state_dict().items():
+            assert torch.equal(tensor, stored[name].to(kept if ".wo." in name else dtype)), name
+
+
+def test_the_norm_is_taken_in_fp32_and_counts_the_configs_eps():
+    t5 = T5Encoder(odd_config())
+    norm = t5.encoder.final_layer_norm
+    x = torch.full((1, 24), 0.1)
+    assert_close(norm(x), torch.full((1, 24), 0.1 / math.sqrt(0.01 + 0.03)), 1e-6)  # fp32 rounding
+    assert torch.isfinite(norm.half()(torch.full((1, 24), 3e4).half())).all()  # 9e8 is beyond fp16
+
+
+def test_gradients_reach_every_parameter():
+    t5 = T5Encoder(odd_config())
+    t5(some_ids(2, 40, 60)).square().mean().backward()
+    assert not [name for name, p in t5.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_a_new_encoder_starts_from_t5s_initialisation():
+    config = odd_config(vocab_size=400, d_model=256, d_kv=32, d_ff=320, num_heads=6)
+    t5 = T5Encoder(config)
+    layers = t5.encoder.block[0].layer
+    attention, feed_forward = layers[0].SelfAttention, layers[1].DenseReluDense
+    for module, std in [
+        (t5.shared, 1),
+        (attention.q, (256 * 32) ** -0.5),
+        (attention.k, 256**-0.5),
+        (attention.v, 256**-0.5),
+        (attention.o, (6 * 32) ** -0.5),
+        (attention.relative_attention_bias, 256**-0.5),
+        (feed_forward.wi_0, 256**-0.5),
+        (feed_forward.wi_1, 256**-0.5),
+        (feed_forward.wo, 320**-0.5),
+    ]:
+        spread = 4 / math.sqrt(2 * module.weight.numel())  # four standard errors of a standard deviation
+        assert module.weight.std().item() == pytest.approx(std, rel=spread)
+    assert [
+        hasattr(block.layer[0].SelfAttention, "relative_attention_bias") for block in t5.encoder.block
+    ] == [
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ids_outside_the_vocabulary_are_refused(stream):
+    t5 = T5Encoder.from_pretrained(VARIANT, stream=stream)
+    for wrong in (-1, 1120):
+        with pytest.raises(ValueError, match=f"{wrong}.*0 to 1119"):
+            t5(torch.tensor([[wrong]]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("feed_forward_proj", "relu", "feed_forward_proj = 'relu'"),
+        ("num_heads", 0, "num_heads = 0"),
+        ("relative_attention_num_buckets", 2, "2 relative buckets"),
+        ("relative_attention_max_distance", 8, "distances up to 8"),
+        ("d_model", "wide", "d_model"),
+    ],
+)
+def test_a_config_we_cannot_build_is_refused_by_name_and_value(checkpoint, key, value, match):
+    path = checkpoint / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    for stream in (False, True):
+        with pytest.raises(ValueError, match=match):
+            T5Encoder.from_pretrained(checkpoint, stream=stream)

@@ -1,0 +1,553 @@
+"""Text in, embeddings out: the T5 tokenizer and the T5 v1.1 encoder (XXL in the released checkpoints).
+
+    "A  ﬁne day</s>"                  prompt
+       │  split at literal special tokens; normalise the rest and cut it by Unigram; append </s>, pad with 0
+       ▼
+    ids b L ──shared──► x b L d ──► block × num_layers ──► RMS norm ──► text b L d
+                                      x += attention(norm(x), bias)        bias: 1 heads L L, one for all
+                                      x += wo(gelu(wi_0 norm(x)) * wi_1 norm(x))
+
+T5: Raffel et al. 2020 (arXiv 1910.10683); gated feed-forward: Shazeer 2020 (arXiv 2002.05202); Unigram: Kudo
+2018 (arXiv 1804.10959). References: transformers modeling_t5.py and tokenization_t5.py, sentencepiece
+normalizer.cc. Padding is attended to like any other token: the video models were trained without a text mask.
+
+b batch, L text tokens (226 in CogVideoX), d model width; heads and d_kv (the width of one head) in words
+"""
+
+import contextlib
+import math
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers.models import Unigram
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from checkpoint import (
+    check_keys,
+    component_dir,
+    load_component,
+    open_safetensors,
+    read_config,
+    read_json,
+    read_tensors,
+    save_component,
+    weight_files,
+)
+
+# ---------------------------------------------------------------- spiece.model: a protobuf message
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+SPACE = "▁"  # U+2581 stands for a space inside pieces
+NORMAL, USER_DEFINED, BYTE = 1, 4, 6  # SentencePiece.Type; the other types never match text
+
+
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) for each field of a message: varints as int, all else as raw bytes.
+
+    raises ValueError or IndexError where the message ends early.  Source: protobuf.dev, "Encoding".
+    """
+
+    def varint(position: int) -> tuple[int, int]:
+        value = 0
+        for shift in range(0, 70, 7):  # 64 bits, seven per byte, low ones first
+            value |= (message[position] & 127) << shift
+            position += 1
+            if message[position - 1] < 128:
+                return value, position
+        raise ValueError("a varint has no end")
+
+    position = 0
+    while position < len(message):
+        key, position = varint(position)
+        kind = key & 7
+        if kind == 0:
+            value, position = varint(position)
+        elif kind in (1, 2, 5):  # eight bytes, length-delimited, four bytes
+            size = {1: 8, 5: 4}.get(kind)
+            if size is None:
+                size, position = varint(position)
+            value = message[position : position + size]
+            position += size
+            if len(value) < size:
+                raise ValueError("a field is cut off")
+        else:
+            raise ValueError(f"wire type {kind} is unknown")
+        yield key >> 3, value
+
+
+class Normalizer:
+    """sentencepiece's normalisation: replace by rules, collapse spaces, write them as ▁.
+
+    charsmap: u32 size; a double-array trie of that many bytes, in u32 units (darts-clone); the replacements,
+    zero-terminated, to which the trie's values are offsets. Empty: no rules.
+    """
+
+    def __init__(self, charsmap: bytes, add_prefix: bool, collapse_spaces: bool) -> None:
+        size = int.from_bytes(charsmap[:4], "little")
+        if charsmap and (size % 4 or not 4 <= size < len(charsmap) - 4):
+            raise ValueError("the table of replacements is cut off")
+        self.units = struct.unpack_from(f"<{size // 4}I", charsmap, 4) if charsmap else (0,) * 256
+        self.replacements = charsmap[4 + size :]
+        self.add_prefix, self.collapse_spaces = add_prefix, collapse_spaces
+
+    def rule_at(self, text: bytes, start: int) -> tuple[bytes, int]:
+        """(replacement, end of what it replaces) of the longest rule at `start`, or of one character."""
+        found, end = None, start + 1 + sum(text[start] >= lead for lead in (0xC0, 0xE0, 0xF0))  # one of UTF-8
+        node = _child(self.units[0])
+        for i in range(start, len(text)):
+            node ^= text[i]
+            unit = self.units[node]
+            if unit & 0x800000FF != text[i]:  # the label; bit 31 marks values, which carry none
+                break
+            node ^= _child(unit)
+            if unit >> 8 & 1:  # a rule ends here
+                found, end = self.units[node] & 0x7FFFFFFF, i + 1
+        if found is None:
+            return text[start:end], end
+        return self.replacements[found : self.replacements.index(0, found)], end
+
+    def __call__(self, text: str) -> str:
+        """raises ValueError if the table of rules is damaged"""
+        source, parts, start = text.encode(), [], 0
+        after_space = self.collapse_spaces  # so leading spaces go, too
+        try:
+            while start < len(source):
+                part, start = self.rule_at(source, start)
+                if after_space:
+                    part = part.lstrip(b" ")
+                if part:
+                    parts.append(part)
+                    after_space = self.collapse_spaces and part.endswith(b" ")
+            text = b"".join(parts).decode()
+        except (IndexError, ValueError):  # a unit, an offset or a replacement outside all reason
+            raise ValueError("the tokenizer's table of replacements is damaged; download it again") from None
+        text = SPACE * (self.add_prefix and bool(source)) + text.replace(" ", SPACE)
+        return text.rstrip(SPACE) if self.collapse_spaces else text
+
+
+def _child(unit: int) -> int:
+    """What darts-clone calls the offset: XORed with the next byte it gives the next unit."""
+    return unit >> 10 << ((unit & 512) >> 6)
+
+
+def read_spiece(path: Path) -> tuple[list[tuple[str, float, int]], Normalizer]:
+    """(piece, log-probability, type) in the order of ids, and the normaliser (sentencepiece_model.proto).
+
+    raises ValueError if the file is damaged, or no Unigram model of the kind T5 uses
+    """
+    pieces = []
+    trainer, normalizer = {}, {}
+    try:
+        for number, value in protobuf_fields(path.read_bytes()):
+            if number == 1:
+                piece = dict(protobuf_fields(value))
+                (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
+                pieces.append((piece[1].decode(), score, int(piece.get(3, NORMAL))))
+            elif number == 2:
+                trainer = dict(protobuf_fields(value))
+            elif number == 3:
+                normalizer = dict(protobuf_fields(value))
+        add_prefix, collapse_spaces, escape = (normalizer.get(n, 1) == 1 for n in (3, 4, 5))
+        normalize = Normalizer(bytes(normalizer.get(2, b"")), add_prefix, collapse_spaces)
+        if not all(text and math.isfinite(score) for text, score, _ in pieces):
+            raise ValueError("an empty piece, or a score that is no number")
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError, struct.error) as error:
+        raise ValueError(
+            f"{path} is damaged or no sentencepiece model ({error}); download it again"
+        ) from None
+    names = {text for text, _, _ in pieces}
+    if len(names) < len(pieces) or not {PAD, END, UNKNOWN} <= names:
+        raise ValueError(
+            f"{path} lacks {PAD}, {END} or {UNKNOWN}, or has a piece twice; T5's model is needed"
+        )
+    kinds = {kind for _, _, kind in pieces}
+    if trainer.get(3, 1) != 1 or not escape or trainer.get(24) or kinds & {USER_DEFINED, BYTE}:
+        raise ValueError(f"{path} is a sentencepiece model of another kind; T5's Unigram model is needed")
+    return pieces, normalize
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+@dataclass
+class Special:
+    """A token that is spelled out in a prompt, such as </s>."""
+
+    id: int
+    lstrip: bool = False  # eats the white space to its left
+    rstrip: bool = False
+
+
+def special_tokens(pieces: list[str], config: dict) -> dict[str, Special]:
+    """T5's special tokens: three pieces and `extra_ids` sentinels, numbered downward after the pieces; then
+    whatever `added_tokens_decoder` of tokenizer_config.json says."""
+    num_extra = config.get("extra_ids", 100)
+    added = config.get("added_tokens_decoder", {})
+    if not isinstance(num_extra, int) or not 0 <= num_extra <= 10_000 or not isinstance(added, dict):
+        raise ValueError(f"extra_ids = {num_extra!r} or added_tokens_decoder is unusable; download it again")
+    specials = {name: Special(pieces.index(name)) for name in (PAD, END, UNKNOWN)}
+    for i in range(num_extra):
+        specials[f"<extra_id_{i}>"] = Special(len(pieces) + num_extra - 1 - i, lstrip=True, rstrip=True)
+    for number, token in added.items():
+        if not (isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"]):
+            raise ValueError(f"added_tokens_decoder[{number!r}] is not a token; download it again")
+        if not re.fullmatch("[0-9]{1,9}", number):
+            raise ValueError(f"added_tokens_decoder has {number!r} for an id; download it again")
+        flags = {flag: bool(token.get(flag)) for flag in ("lstrip", "rstrip")}
+        specials[token["content"]] = Special(int(number), **flags)
+    return specials
+
+
+class Tokenizer:
+    """Prompts to ids as T5's slow tokenizer makes them (legacy=true: after a special token, a new word).
+
+    unigram: a `tokenizers.Tokenizer`; its `get_vocab()` lists the pieces known
+    normalize, specials: None and {} when `unigram` comes from a tokenizer.json, which holds both itself
+    """
+
+    def __init__(
+        self, unigram: tokenizers.Tokenizer, normalize: Normalizer | None, specials: dict[str, Special]
+    ) -> None:
+        self.unigram, self.normalize, self.specials = unigram, normalize, specials
+        longest_first = sorted(specials, key=len, reverse=True)
+        self.split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
+        self.pad, self.end = (
+            specials[name].id if specials else unigram.token_to_id(name) for name in (PAD, END)
+        )
+
+    @classmethod
+    def from_pretrained(cls, model_dir: str | Path) -> "Tokenizer":
+        """model_dir holds tokenizer/, or is that folder: spiece.model (preferred) or tokenizer.json.
+
+        raises FileNotFoundError if neither is there, ValueError if a file is damaged
+        """
+        marker = "spiece.model" if (Path(model_dir) / "spiece.model").is_file() else "tokenizer.json"
+        folder = component_dir(model_dir, "tokenizer", marker)
+        if (folder / "spiece.model").is_file():
+            return cls._from_spiece(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has neither spiece.model nor tokenizer.json; get one of them")
+        with _readable_errors(path):
+            unigram = tokenizers.Tokenizer.from_file(str(path))
+        unigram.no_padding()
+        unigram.no_truncation()  # both are done here, whatever the file asks for
+        if None in (unigram.token_to_id(PAD), unigram.token_to_id(END)):
+            raise ValueError(f"{path} lacks {PAD} or {END}; a T5 tokenizer is needed")
+        return cls(unigram, None, {})
+
+    @classmethod
+    def _from_spiece(cls, folder: Path) -> "Tokenizer":
+        path = folder / "spiece.model"
+        pieces, normalize = read_spiece(path)
+        names = [text for text, _, _ in pieces]
+        lowest = min((score for _, score, kind in pieces if kind == NORMAL), default=0.0)
+        # Normalised text has no ASCII space, so a space in front keeps the other types from ever matching.
+        vocab = [(text, score) if kind == NORMAL else (" " + text, lowest) for text, score, kind in pieces]
+        with _readable_errors(path):
+            unigram = tokenizers.Tokenizer(Unigram(vocab, names.index(UNKNOWN), False))
+        config_path = folder / "tokenizer_config.json"
+        try:
+            specials = special_tokens(names, read_json(config_path) if config_path.is_file() else {})
+        except ValueError as error:
+            raise ValueError(f"{config_path}: {error}") from None
+        return cls(unigram, normalize, specials)
+
+    def __call__(self, texts: list[str] | str, max_length: int = 226) -> Tensor:
+        """Ids of prompts, each closed by </s> (kept when the text is cut) and padded with <pad>.
+
+        texts: b strings (one string counts as a list of one)    max_length: L, in tokens
+        returns: b L, long
+        raises ValueError if max_length < 1, or a prompt is no string of valid Unicode
+        """
+        if max_length < 1:
+            raise ValueError(f"max_length={max_length}; a prompt needs at least 1 token, for </s>")
+        rows = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            if not isinstance(text, str) or not text.isascii() and re.search("[\ud800-\udfff]", text):
+                raise ValueError(f"prompt {text!r:.80} is not a string of valid Unicode")
+            row = self.encode(text)[: max_length - 1] + [self.end]
+            rows.append(row + [self.pad] * (max_length - len(row)))
+        return torch.tensor(rows, dtype=torch.long).reshape(-1, max_length)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one prompt, without </s> and padding."""
+        if not self.specials:
+            return self._unigram_ids(text)
+        ids = []
+        parts = self.split(text)  # text, special, text, …, text
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self.specials[part].id)
+                continue
+            if i > 0 and self.specials[parts[i - 1]].rstrip:
+                part = part.lstrip()
+            if i + 1 < len(parts) and self.specials[parts[i + 1]].lstrip:
+                part = part.rstrip()
+            ids += self._unigram_ids(self.normalize(part))
+        return ids
+
+    def _unigram_ids(self, text: str) -> list[int]:
+        with _readable_errors("the tokenizer"):
+            return self.unigram.encode(text, add_special_tokens=False).ids
+
+
+@contextlib.contextmanager
+def _readable_errors(name: str | Path) -> Iterator[None]:
+    """Whatever the tokenizers library raises, Rust panics included, in one sentence."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a Rust panic is no Exception
+        raise ValueError(f"{name} cannot be used ({str(error):.200}); download it again") from None
+
+
+# ---------------------------------------------------------------- the encoder
+
+
+@dataclass
+class T5Config:
+    """Fields of text_encoder/config.json; the defaults are T5 v1.1 XXL."""
+
+    vocab_size: int = 32128  # rows of the embedding: 32000 pieces, 100 extra ids, 28 unused
+    d_model: int = 4096  # width of the residual stream and of the embeddings
+    d_kv: int = 64  # width of a head; heads * d_kv need not be d_model
+    d_ff: int = 10240  # hidden width of the feed-forward
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32  # half for keys before the query, half for keys after
+    relative_attention_max_distance: int = 128  # from here on all distances share the last bucket
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"  # the tanh GELU, despite its name
+    extra: dict = field(default_factory=dict)  # everything else in the file, kept for saving
+
+    def __post_init__(self) -> None:
+        if self.feed_forward_proj != "gated-gelu":
+            raise ValueError(
+                f"feed_forward_proj = {self.feed_forward_proj!r}; only T5 v1.1's 'gated-gelu' is built"
+            )
+        sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+        if empty := [name for name in sizes if getattr(self, name) < 1]:
+            raise ValueError(f"{empty[0]} = {getattr(self, empty[0])} must be at least 1")
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if not 1 <= buckets // 4 < distance:
+            raise ValueError(f"{buckets} relative buckets cannot cover distances up to {distance}")
+
+
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
+    """The bucket of each distance |key - query|: one each below num_buckets/4, then logarithmic up to
+    max_distance; keys after the query have the upper half to themselves (Raffel et al., sec. 2.1).
+
+    returns: L L (query, key), long
+    """
+    positions = torch.arange(length)
+    relative = positions[None, :] - positions[:, None]
+    half = num_buckets // 2
+    exact = half // 2
+    distance = relative.abs()
+    far = (
+        torch.log(distance.float() / exact) / math.log(max_distance / exact) * (half - exact)
+    )  # fp32 as there
+    far = exact + far.clamp(min=0).long()
+    bucket = torch.where(distance < exact, distance, far.clamp(max=half - 1))
+    return bucket + half * (relative > 0)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, the mean in fp32; no mean subtracted, no bias."""
+
+    def __init__(self, d: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(self.weight.dtype)
+
+
+def linear(d_in: int, d_out: int, std: float | None = None) -> nn.Linear:
+    """No bias; T5's initialisation, 1/sqrt(d_in) unless said otherwise."""
+    layer = nn.Linear(d_in, d_out, bias=False)
+    nn.init.normal_(layer.weight, std=d_in**-0.5 if std is None else std)
+    return layer
+
+
+class SelfAttention(nn.Module):
+    """softmax(q kᵀ + bias) v. No 1/sqrt(d_kv): T5 puts it into the initialisation of q."""
+
+    def __init__(self, config: T5Config, has_bias_table: bool) -> None:
+        super().__init__()
+        d, self.heads, inner = config.d_model, config.num_heads, config.num_heads * config.d_kv
+        self.q = linear(d, inner, std=(d * config.d_kv) ** -0.5)
+        self.k = linear(d, inner)
+        self.v = linear(d, inner)
+        self.o = linear(inner, d)
+        if has_bias_table:
+            table = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+            nn.init.normal_(table.weight, std=d**-0.5)
+            self.relative_attention_bias = table
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (
+            to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.q, self.k, self.v)
+        )  # b heads L d_kv
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+class GatedFeedForward(nn.Module):
+    """wo(gelu(wi_0 x) * wi_1 x)   (GEGLU, Shazeer 2020)."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.wi_0 = linear(config.d_model, config.d_ff)
+        self.wi_1 = linear(config.d_model, config.d_ff)
+        self.wo = linear(config.d_ff, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        return self.wo(hidden.to(self.wo.weight.dtype))  # fp32 in an fp16 model, see `weight_dtype`
+
+
+class Block(nn.Module):
+    def __init__(self, config: T5Config, has_bias_table: bool) -> None:
+        super().__init__()
+        attention = {"SelfAttention": SelfAttention(config, has_bias_table)}
+        feed_forward = {"DenseReluDense": GatedFeedForward(config)}
+        self.layer = nn.ModuleList(
+            nn.ModuleDict({**part, "layer_norm": RMSNorm(config.d_model, config.layer_norm_epsilon)})
+            for part in (attention, feed_forward)
+        )
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        attention, feed_forward = self.layer
+        x = x + attention.SelfAttention(attention.layer_norm(x), bias)
+        return x + feed_forward.DenseReluDense(feed_forward.layer_norm(x))
+
+
+TABLE = "shared.weight"
+ALIASES = {"encoder.embed_tokens.weight": TABLE}
+BIAS_TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+
+
+def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """fp16 keeps `wo`, which overflows it, in fp32, and with it the residual stream; bf16 does not."""
+    return torch.float32 if dtype == torch.float16 and ".wo." in name else dtype
+
+
+class T5Encoder(nn.Module):
+    """T5 v1.1's encoder; its parameters carry the names of the official checkpoint. No dropout."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)  # unit normal, like T5's
+        blocks = [Block(config, has_bias_table=i == 0) for i in range(config.num_layers)]
+        norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.encoder = nn.ModuleDict({"block": nn.ModuleList(blocks), "final_layer_norm": norm})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings of all tokens, padding included.
+
+        ids: b L, long, on any device    returns: b L d, on the model's device
+        raises ValueError if an id is outside the vocabulary
+        """
+        config = self.config
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < config.vocab_size:
+            raise ValueError(
+                f"token ids reach from {int(ids.min())} to {int(ids.max())}, the text encoder knows 0 to "
+                f"{config.vocab_size - 1}; use the tokenizer/ that belongs to it"
+            )
+        x = self.embed(ids)
+        buckets = relative_buckets(
+            ids.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance
+        )
+        bias = self.run(BIAS_TABLE, buckets.to(x.device)).permute(2, 0, 1)[None]  # 1 heads L L
+        for i in range(config.num_layers):
+            x = self.run(f"encoder.block.{i}", x, bias)
+        return self.run("encoder.final_layer_norm", x)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.shared(ids.to(self.shared.weight.device))  # b L d
+
+    def run(self, name: str, *inputs: Tensor) -> Tensor:
+        """The submodule `name` on its inputs."""
+        return self.get_submodule(name)(*inputs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_dir: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        stream: bool = False,
+    ) -> "T5Encoder":
+        """model_dir holds text_encoder/, or is that folder.
+
+        stream: hold no weights, see `StreamedT5Encoder`
+        raises ValueError or OSError if files are missing or damaged, or the weights do not fit config.json
+        """
+        folder = component_dir(model_dir, "text_encoder")
+        if stream:
+            config = read_config(T5Config, folder / "config.json")
+            with torch.device("meta"):
+                return StreamedT5Encoder(config, folder, dtype, device).eval()
+        t5 = load_component(cls, T5Config, folder, dtype=None, device="cpu", aliases=ALIASES)
+        for name, parameter in t5.named_parameters():  # straight from disk: fp16 would round what stays fp32
+            parameter.data = parameter.data.to(device, weight_dtype(name, dtype))
+        return t5
+
+    def save_pretrained(self, model_dir: str | Path) -> None:
+        """Write model_dir/text_encoder/ in the layout transformers' T5EncoderModel reads."""
+        stamps = {"architectures": ["T5EncoderModel"], "model_type": "t5"}
+        save_component(self, Path(model_dir) / "text_encoder", stem="model", **stamps)
+
+
+class StreamedT5Encoder(T5Encoder):
+    """The same encoder for machines it does not fit: each call reads one block after the other from disk and
+    forgets it again, without gradients. Built on the meta device; T5-XXL then takes 0.75 GB in bf16 on a CPU.
+    """
+
+    def __init__(
+        self, config: T5Config, folder: Path, dtype: torch.dtype, device: str | torch.device
+    ) -> None:
+        """raises ValueError if names or shapes in the files' headers do not fit the config"""
+        super().__init__(config)
+        self.files, self.dtype, self.device = weight_files(folder), dtype, device
+        found = {}
+        for path in sorted(set(self.files.values())):
+            with open_safetensors(path) as weights:
+                for key in (key for key in self.files if self.files[key] == path):
+                    stored = weights.get_slice(key)
+                    if not stored.get_dtype().startswith(("F", "BF")):
+                        raise ValueError(f"{path}: {key} is {stored.get_dtype()}, not floating-point")
+                    found[ALIASES.get(key, key)] = stored.get_shape()
+        check_keys(folder, {key: tensor.shape for key, tensor in self.state_dict().items()}, found)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        key = next(key for key in (TABLE, *ALIASES) if key in self.files)
+        (_, table), *_ = read_tensors(self.files, [key])  # mapped: only the rows looked up are read
+        return F.embedding(ids.cpu(), table).to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def run(self, name: str, *inputs: Tensor) -> Tensor:
+        keys = [key for key in self.files if key.startswith(name + ".")]
+        weights = {
+            key.removeprefix(name + "."): tensor.to(self.device, weight_dtype(key, self.dtype))
+            for key, tensor in read_tensors(self.files, keys)
+        }
+        return functional_call(self.get_submodule(name), weights, inputs)
+
+    def save_pretrained(self, model_dir: str | Path) -> None:
+        raise ValueError(
+            "a streamed text encoder holds no weights; load it with stream=False or copy its folder"
+        )
