@@ -1,0 +1,346 @@
+"""The schedule, guidance and the samplers against the reference's tables and trajectories."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import GOLDENS, VARIANTS, assert_close, expected
+
+from diffusion import (
+    SAMPLERS,
+    SNR_SHIFTED,
+    Schedule,
+    ScheduleConfig,
+    dynamic_guidance_scale,
+    guidance_at,
+    guide,
+)
+
+THEIR_NAME = {
+    "ddim": "ddim_origin",
+    "ddim-cog": "ddim_cog",
+    "dpm-cog": "dpm_cog",
+    "euler": "euler",
+    "euler-a": "euler_a",
+    "dpm++": "dpmpp",
+}
+TRAJECTORIES = [
+    (variant, name, num_steps)
+    for variant, tensors in ((variant, expected(variant)) for variant in VARIANTS)
+    for name, theirs in THEIR_NAME.items()
+    for num_steps in (4, 7, 10)
+    if f"sched.{theirs}.traj{num_steps}" in tensors
+]
+
+
+def schedule_for(name: str, variant: str = "fun-2b-inp") -> Schedule:
+    return Schedule.from_pretrained(GOLDENS / variant, snr_shift=name in SNR_SHIFTED)
+
+
+def used_draws(name: str, noise: list, num_steps: int) -> list:
+    """Of two draws in one step of CogVideoXDPMScheduler the first is dropped: keep what enters the result."""
+    if name != "dpm-cog":
+        return noise
+    draws_in_step = [1] + [2] * (num_steps - 1)
+    if sum(draws_in_step) > len(noise):  # a last step to clean draws once
+        draws_in_step[-1] = 1
+    ends = torch.tensor(draws_in_step).cumsum(0)
+    assert ends[-1] == len(noise)
+    return [noise[end - 1] for end in ends]
+
+
+# ---------------------------------------------------------------- the schedule
+
+
+@pytest.mark.parametrize("variant", dict.fromkeys(variant for variant, _, _ in TRAJECTORIES))
+def test_tables_equal_the_reference_bit_for_bit(variant):
+    want = expected(variant)
+    shifted, plain = (Schedule.from_pretrained(GOLDENS / variant, snr_shift=s) for s in (True, False))
+    for ours, theirs in ((shifted, "ddim_cog"), (plain, "ddpm")):
+        table = want[f"sched.{theirs}.alphas_cumprod"]
+        assert ours.alphas_cumprod.dtype == table.dtype
+        assert torch.equal(ours.alphas_cumprod, table)
+        assert ours.alphas_cumprod[-1] == 0  # nothing but noise at 999
+
+
+def test_the_plain_schedule_is_the_default():
+    assert torch.equal(Schedule().alphas_cumprod, Schedule(snr_shift=False).alphas_cumprod)
+
+
+@pytest.mark.parametrize("variant, name, num_steps", TRAJECTORIES)
+def test_timesteps_equal_the_reference(variant, name, num_steps):
+    want = expected(variant)[f"sched.{THEIR_NAME[name]}.timesteps{num_steps}"]
+    ours = schedule_for(name, variant).timesteps(num_steps)
+    assert ours.dtype == torch.long
+    assert torch.equal(ours, want.long())
+
+
+def test_timesteps_round_like_numpy_for_every_count():
+    numpy, schedule = pytest.importorskip("numpy"), Schedule()
+    for num_steps in range(1, 1001):
+        theirs = numpy.round(numpy.arange(1000, 0, -1000 / num_steps)) - 1
+        ours = schedule.timesteps(num_steps)
+        assert ours.tolist() == theirs[:num_steps].tolist(), num_steps
+
+
+@pytest.mark.parametrize("snr_shift, theirs", [(True, "ddim_cog"), (False, "ddpm")])
+def test_add_noise_and_velocity_equal_the_reference_and_x0_undoes_them(snr_shift, theirs):
+    want = expected("fun-2b-inp")
+    x0, noise, t = (want[f"sched.addnoise.{key}"] for key in ("x", "noise", "t"))
+    schedule = Schedule.from_pretrained(GOLDENS / "fun-2b-inp", snr_shift=snr_shift)
+    noisy, velocity = schedule.add_noise(x0, noise, t), schedule.velocity(x0, noise, t)
+    assert torch.equal(noisy, want[f"sched.addnoise.{theirs}"])
+    assert torch.equal(velocity, want[f"sched.velocity.{theirs}"])
+    assert_close(schedule.x0(noisy, velocity, t), x0, 1e-6)  # √ā² + √(1−ā)² = 1 up to float32 rounding
+    for i, one in enumerate(t.tolist()):  # an int is the same timestep for every sample
+        assert torch.equal(schedule.add_noise(x0[i : i + 1], noise[i : i + 1], one), noisy[i : i + 1])
+
+
+def test_short_dtypes_round_the_table_before_the_root():
+    schedule, t = Schedule(), torch.tensor([400])
+    x0, noise = torch.zeros(1, 2, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16)
+    a = schedule.alphas_cumprod[t].bfloat16()
+    noisy = schedule.add_noise(x0, noise, t)
+    assert noisy.dtype == torch.bfloat16
+    assert torch.equal(noisy, ((1 - a) ** 0.5 * noise))
+
+
+@pytest.mark.parametrize("t", [-1, 1000, torch.tensor([3, 1000]), torch.tensor([0.5])])
+def test_timesteps_outside_the_schedule_are_refused(t):
+    x = torch.zeros(2, 3)
+    for use in (Schedule().add_noise, Schedule().velocity, Schedule().x0):
+        with pytest.raises(ValueError, match="integers from 0 to 999"):
+            use(x, x, t)
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 1001])
+def test_step_counts_outside_the_schedule_are_refused(num_steps):
+    with pytest.raises(ValueError, match=f"num_steps={num_steps}"):
+        Schedule().timesteps(num_steps)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def write(folder, **content):
+    official = json.loads((GOLDENS / "fun-2b-inp/scheduler/scheduler_config.json").read_text())
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(official | content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("beta_schedule", "linear"),
+        ("prediction_type", "epsilon"),
+        ("timestep_spacing", "leading"),
+        ("rescale_betas_zero_snr", False),
+        ("set_alpha_to_one", False),
+        ("clip_sample", True),
+        ("num_train_timesteps", 100),
+        ("trained_betas", [0.1, 0.2]),
+        ("thresholding", True),
+        ("algorithm_type", "sde-dpmsolver++"),
+        ("beta_end", 1.5),
+        ("snr_shift_scale", 0.0),
+    ],
+)
+def test_a_setting_that_would_change_the_numbers_is_refused_by_name(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"scheduler_config\.json: .*{name} = .*CogVideoX has"):
+        Schedule.from_pretrained(write(tmp_path, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    "class_name, sampler",
+    [
+        ("CogVideoXDDIMScheduler", "ddim-cog"),
+        ("CogVideoXDPMScheduler", "dpm-cog"),
+        ("DDIMScheduler", "ddim"),
+        ("EulerDiscreteScheduler", "euler"),
+        ("EulerAncestralDiscreteScheduler", "euler-a"),
+        ("DPMSolverMultistepScheduler", "dpm++"),
+    ],
+)
+def test_the_scheduler_class_in_the_file_names_the_sampler(tmp_path, class_name, sampler):
+    assert Schedule.from_pretrained(write(tmp_path, _class_name=class_name)).default_sampler == sampler
+
+
+def test_an_unknown_scheduler_class_is_named_and_the_samplers_listed(tmp_path):
+    schedule = Schedule.from_pretrained(write(tmp_path, _class_name="PNDMScheduler"))
+    with pytest.raises(ValueError, match="PNDMScheduler.*ddim-cog"):
+        _ = schedule.default_sampler
+
+
+def test_saving_keeps_unknown_keys_and_numbers(tmp_path):
+    source = write(tmp_path, _class_name="CogVideoXDPMScheduler", snr_shift_scale=1.0, made_up=[1, 2])
+    Schedule.from_pretrained(source).save_pretrained(tmp_path / "copy")
+    before, after = (
+        json.loads((folder / "scheduler/scheduler_config.json").read_text())
+        for folder in (source, tmp_path / "copy")
+    )
+    assert after == before
+
+
+def test_the_defaults_are_the_official_2b_values_and_load_in_diffusers(tmp_path):
+    Schedule(ScheduleConfig()).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    official = json.loads((GOLDENS / "cogvideox-2b-t2v/scheduler/scheduler_config.json").read_text())
+    assert saved.items() <= official.items()
+    diffusers = pytest.importorskip("diffusers")
+    for name, snr_shift in (("CogVideoXDDIMScheduler", True), ("DDIMScheduler", False)):
+        theirs = getattr(diffusers, name).from_pretrained(tmp_path, subfolder="scheduler")
+        assert torch.equal(theirs.alphas_cumprod, Schedule(snr_shift=snr_shift).alphas_cumprod)
+
+
+# ---------------------------------------------------------------- samplers
+
+
+@pytest.mark.parametrize("variant, name, num_steps", TRAJECTORIES)
+def test_trajectories_equal_the_reference(variant, name, num_steps):
+    want, theirs = expected(variant), f"sched.{THEIR_NAME[name]}"
+    schedule = schedule_for(name, variant)
+    draws = iter(used_draws(name, list(want.get(f"{theirs}.noise{num_steps}", [])), num_steps))
+    constants = iter(want["sched.c"])
+    timesteps, seen = schedule.timesteps(num_steps), []
+
+    def denoise(x, t):
+        seen.append(t)
+        return 0.5 * x + next(constants)
+
+    ours = list(SAMPLERS[name](denoise, want["sched.x0"], schedule, timesteps, lambda: next(draws)))
+    assert seen == timesteps.tolist()
+    assert next(draws, None) is None  # every draw was used
+    for x, x_want in zip(ours, want[f"{theirs}.traj{num_steps}"][1:], strict=True):
+        assert x.dtype == torch.float32
+        # float32 rounding, measured 7e-7; each step by its own largest value, as σ starts at 4096
+        assert_close(x, x_want, 2e-6 * x_want.abs().max().item())
+
+
+def their_scheduler(name: str, variant: str, num_steps: int):
+    diffusers = pytest.importorskip("diffusers")
+    class_name = {
+        "ddim": "DDIMScheduler",
+        "ddim-cog": "CogVideoXDDIMScheduler",
+        "euler": "EulerDiscreteScheduler",
+        "euler-a": "EulerAncestralDiscreteScheduler",
+        "dpm++": "DPMSolverMultistepScheduler",
+        "dpm-cog": "CogVideoXDPMScheduler",
+    }[name]
+    scheduler = getattr(diffusers, class_name).from_pretrained(GOLDENS / variant, subfolder="scheduler")
+    scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+@pytest.mark.filterwarnings("ignore:__array__")  # diffusers with a new numpy
+@pytest.mark.parametrize("num_steps, kept", [(10, 7), (7, 4), (7, 1), (20, 20)])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_starting_part_of_the_way_continues_as_diffusers_does(name, num_steps, kept, monkeypatch):
+    """`kept` of `num_steps` steps from add_noise output: the stride stays 1000//num_steps."""
+    scheduler, schedule = their_scheduler(name, "fun-2b-inp", num_steps), schedule_for(name)
+    timesteps = scheduler.timesteps[num_steps - kept :]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(num_steps - kept)
+    clean, noise = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    start = noise if kept == num_steps else schedule.add_noise(clean, noise, int(timesteps[0]))
+    x = scheduler.add_noise(clean, noise, timesteps[:1])
+    if kept == num_steps:
+        x = noise * scheduler.init_noise_sigma
+
+    def network(x):
+        return 0.3 * x + 0.1
+
+    fresh = torch.randn(
+        2 * num_steps, 1, 2, 3, 4
+    )  # draws of step i: one for both places the reference draws at
+    steps, old = [], None
+    for i, t in enumerate(timesteps):
+        module = type(scheduler).__module__
+        if name in ("dpm-cog", "euler-a"):
+            monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, i=i, **__: fresh[i])
+        velocity = network(scheduler.scale_model_input(x, t))
+        if name == "dpm-cog":
+            x, old = scheduler.step(
+                velocity, old, int(t), int(timesteps[i - 1]) if i else None, x, return_dict=False
+            )
+        else:
+            x = scheduler.step(velocity, t if name.startswith("euler") else int(t), x, return_dict=False)[0]
+        steps.append(x)
+
+    draws = iter(fresh)
+    sampler = SAMPLERS[name](
+        lambda x, t: network(x), start, schedule, timesteps.long(), lambda: next(draws), num_steps
+    )
+    for ours, theirs in zip(sampler, steps, strict=True):
+        assert_close(ours, theirs, 4e-6 * theirs.abs().max().item())  # float32 rounding, 20 steps
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_exact_velocity_leads_to_the_exact_sample(name):
+    schedule = schedule_for(name)
+    clean, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+
+    def exact(x, t):  # the velocity at x of a distribution that is `clean` alone
+        a = schedule.alphas_cumprod[t].float()
+        return a**0.5 * (x - a**0.5 * clean) / (1 - a) ** 0.5 - (1 - a) ** 0.5 * clean
+
+    for strength in (10, 6):
+        timesteps = schedule.timesteps(10)[-strength:]
+        start = schedule.add_noise(clean, noise, int(timesteps[0]))
+        *_, x = SAMPLERS[name](exact, start, schedule, timesteps, lambda: torch.randn(2, 3, 4), 10)
+        assert_close(x, clean, 1e-5)  # rounding divided by √(1−ā) = 0.2 … 1 at the last step
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_keep_the_dtype_of_the_latents(name):
+    schedule, noise = schedule_for(name), torch.randn(2, 3, 4)
+    final = []
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+        run = SAMPLERS[name](
+            lambda x, t: 0.3 * x.float() + 0.1,
+            noise.to(dtype),
+            schedule,
+            schedule.timesteps(4),
+            lambda: torch.randn(2, 3, 4, generator=generator).to(dtype),  # noqa: B023
+        )
+        *_, x = run
+        assert x.dtype == dtype
+        final.append(x)
+    assert_close(final[1].float(), final[0], 0.05)  # four steps, each rounded to 8 bits of mantissa
+
+
+def test_a_sampler_refuses_timesteps_outside_the_schedule():
+    x = torch.zeros(1, 2)
+    for name, sampler in SAMPLERS.items():
+        with pytest.raises(ValueError, match="integers from 0 to 999"):
+            next(sampler(lambda x, t: x, x, schedule_for(name), [1000, 3], lambda: x))
+
+
+# ---------------------------------------------------------------- guidance
+
+
+def test_guidance_moves_from_the_unconditional_velocity_through_the_text_one_in_float32():
+    uncond, text = torch.tensor([1.0]).bfloat16(), torch.tensor([3.0]).bfloat16()
+    assert guide(uncond, text, 6.0).item() == 13.0
+    assert guide(uncond, text, 1.0).item() == 3.0
+    assert guide(uncond, text, 6.0).dtype == torch.float32
+
+
+def test_dynamic_guidance_uses_the_raw_timestep_as_the_reference_does():
+    scales = [dynamic_guidance_scale(6.0, t, 4) for t in (999, 749, 499, 249)]
+    for scale, want in zip(scales, (4.756, 1.938, 1.092, 1.010)):
+        assert math.isclose(scale, want, abs_tol=5e-4)  # the reference's values, to three digits
+
+
+def test_guidance_acts_inside_its_interval_only():
+    inside = [guidance_at(t, 6.0, 50, interval=(200, 800)) for t in (199, 200, 800, 801)]
+    assert inside == [1.0, 6.0, 6.0, 1.0]
+    assert guidance_at(999, 6.0, 4) == guidance_at(0, 6.0, 4) == 6.0  # by default everywhere
+    assert guidance_at(749, 6.0, 4, dynamic=True) == dynamic_guidance_scale(6.0, 749, 4)
+    assert guidance_at(749, 6.0, 4, dynamic=True, interval=(0, 700)) == 1.0
+
+
+def test_a_scale_of_one_or_less_means_no_guidance():
+    assert guidance_at(500, 1.0, 4, dynamic=True) == guidance_at(500, 0.5, 4) == 1.0
