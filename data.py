@@ -1,9 +1,11 @@
 """Pictures and clips in and out, and everything that turns a list of them into training batches.
 
-    .mp4 .gif .mkv …  ─read_video─► uint8 f h w 3 ─resize───────────────► ─to_pixels─► float 3 f h w ∈ [−1, 1]
-    .png .jpg …       ─read_image─► uint8   h w 3       (or fit: cover + centre crop, in training)
+    .mp4 .gif .mkv …  ─read_video─► uint8 f h w 3 ─resize, or fit in training─to_pixels─► 3 f h w ∈ [−1, 1]
+    .png .jpg …       ─read_image─► uint8   h w 3
     mask picture/clip ─read_mask──► bool  f h w, True = generate here (white)
     float 3 f h w ─to_uint8─► uint8 f h w 3 ─write_video─► .mp4 .gif .png
+
+    metadata ─read_metadata─► entries ─open_records─► records ─epoch_batches─► batches ─Loader─► Sample
 
 A clip is a function of time: reading it means choosing instants start + i/fps and taking the frame nearest to
 each, so a 30 fps clip read at 8 fps keeps its speed, and variable frame rates need no special case.
@@ -12,9 +14,17 @@ Errors a user can cause are one sentence with the path in it: OSError where the 
 ValueError where the contents are at fault. Dimension key: f frames, h height, w width, c = 3 colours.
 """
 
+import collections
 import contextlib
+import functools
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+import json
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -28,12 +38,28 @@ from torch import Tensor
 from checkpoint import atomic_write
 
 MILLISECOND = 1e-3  # what containers round timestamps to: instants closer than that are the same
+Picture = str | Path | Image.Image | np.ndarray | Tensor  # arrays are uint8
+Clip = str | Path | np.ndarray | Tensor
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+CLIP_ENDINGS = {
+    ".mp4",
+    ".gif",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".wmv",
+    ".flv",
+}
 
 # ---------------------------------------------------------------- pictures
 
 
-def read_image(source: str | Path | Image.Image | np.ndarray | Tensor) -> np.ndarray:
+def read_image(source: Picture) -> np.ndarray:
     """A picture as uint8 h w 3, upright (EXIF orientation applied).
 
     source: path, PIL picture, or uint8 array h w, h w 3 or h w 4. Grey and palette pictures become RGB, 16
@@ -74,13 +100,17 @@ def _must_exist(path: str | Path) -> None:
         raise FileNotFoundError(f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}")
 
 
-def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 f h w c (or h w c) at another size: PIL's bicubic, frame by frame, as the reference does."""
+def resize(
+    frames: np.ndarray, height: int, width: int, box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """uint8 f h w c (or h w c) at another size: PIL's bicubic, frame by frame, as the reference does.
+
+    box: the part to take, as left, top, right, bottom in pixels; all of it by default
+    """
     if frames.ndim == 4:
-        return np.stack([resize(frame, height, width) for frame in frames])
-    if frames.shape[:2] == (height, width):
-        return frames
-    return np.asarray(Image.fromarray(frames).resize((width, height), Image.Resampling.BICUBIC))
+        return np.stack([resize(frame, height, width, box) for frame in frames])
+    picture = Image.fromarray(frames)  # resizing to the size it has copies
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box))
 
 
 # ---------------------------------------------------------------- clips in
@@ -120,7 +150,7 @@ def _decode(container, stream, start: float) -> Iterator[tuple[float, av.VideoFr
     Nothing before that keyframe is decoded. Frames without a timestamp follow at the stream's rate.
     """
     origin = stream.start_time or 0
-    step = float(1 / (stream.guessed_rate or stream.average_rate or 25))
+    step = duration = float(1 / (stream.guessed_rate or stream.average_rate or 25))
     seeked = start > 0 and stream.start_time is not None
     if seeked:
         with contextlib.suppress(av.FFmpegError):  # not every format can: then decode from the beginning
@@ -133,11 +163,9 @@ def _decode(container, stream, start: float) -> Iterator[tuple[float, av.VideoFr
             yield from _decode(container, stream, 0.0)
             return
         seeked = False
+        duration = float((frame.duration or 0) * stream.time_base) or step
         yield seconds, frame
-    yield (
-        seconds + (float(frame.duration * stream.time_base) if seconds >= 0 and frame.duration else step),
-        None,
-    )
+    yield seconds + duration, None
 
 
 def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
@@ -146,10 +174,7 @@ def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 def read_video(
-    source: str | Path | np.ndarray | Tensor,
-    num_frames: int | None = None,
-    fps: float | None = None,
-    start: float = 0.0,
+    source: Clip, num_frames: int | None = None, fps: float | None = None, start: float = 0.0
 ) -> np.ndarray:
     """The frames nearest to the instants start + i/fps of a clip, uint8 f h w 3.
 
@@ -163,22 +188,17 @@ def read_video(
     frames: list[np.ndarray] = []
     with _open_clip(source) as (container, stream):
         fps = fps or float(stream.average_rate or stream.guessed_rate or 25)
-        previous, previous_seconds = None, 0.0
-        for seconds, frame in _decode(container, stream, start):
-            if previous is not None and not -1 < seconds - previous_seconds < 60:
-                raise ValueError(f"{source} has timestamps that jump by {seconds - previous_seconds:.0f} s")
+        for (seconds, frame), (following, successor) in itertools.pairwise(_decode(container, stream, start)):
+            if not -1 < following - seconds < 60:
+                raise ValueError(f"{source} has timestamps that jump by {following - seconds:.0f} s")
+            # nearest up to half-way to its successor (which loses a tie); the last frame up to its end
+            until = (seconds + following + MILLISECOND) / 2 if successor else following - MILLISECOND
             rgb = None
-            while previous is not None and len(frames) != num_frames:
-                instant = start + len(frames) / fps
-                if frame is None and instant > seconds - MILLISECOND:
-                    break  # the clip is over
-                if frame is not None and seconds - instant < instant - previous_seconds - MILLISECOND:
-                    break  # the coming frame is nearer
-                rgb = _upright_rgb(previous) if rgb is None else rgb
+            while len(frames) != num_frames and start + len(frames) / fps < until:
+                rgb = _upright_rgb(frame) if rgb is None else rgb
                 frames.append(rgb)
             if len(frames) == num_frames:
                 break
-            previous, previous_seconds = frame, seconds
     if not frames:
         raise ValueError(f"{source} has no frame at {start:g} s; it is empty or shorter than that")
     if len({frame.shape for frame in frames}) > 1:
@@ -195,24 +215,17 @@ def probe_video(path: str | Path) -> ClipInfo:
         height, width = _upright_rgb(frame).shape[:2]
         num_frames, duration = stream.frames, stream.duration
     with _open_clip(path) as (container, stream):
-        if not num_frames or not duration:
+        step = 1 / (stream.guessed_rate or stream.average_rate or 25)
+        if num_frames <= 0 or not duration or duration < 0:
             packets = [packet for packet in container.demux(stream) if packet.size]
-            stamps = [packet.pts for packet in packets if packet.pts is not None]
-            num_frames = len(packets)
-            duration = stamps and max(stamps) - min(stamps) + (packets[-1].duration or 0)
-        seconds = (
-            float(duration * stream.time_base) if duration else num_frames / float(stream.guessed_rate or 25)
-        )
+            stamps = [packet.pts for packet in packets if packet.pts is not None] or [0]
+            num_frames = max(1, len(packets))
+            duration = max(stamps) - min(stamps) + (packets[-1].duration or 0 if packets else 0)
+        seconds = float(duration * stream.time_base or num_frames * step)
     return ClipInfo(num_frames, num_frames / seconds, height, width, seconds)
 
 
-def read_mask(
-    source: str | Path | Image.Image | np.ndarray | Tensor,
-    num_frames: int,
-    height: int,
-    width: int,
-    fps: float | None = None,
-) -> Tensor:
+def read_mask(source: Picture, num_frames: int, height: int, width: int, fps: float | None = None) -> Tensor:
     """Where to generate, bool f h w: True where a picture (held over all frames) or a clip is white, ≥ 240.
 
     source: path, PIL picture, or array h w, h w 3, f h w, f h w 1 or f h w 3, uint8 or bool; resized to fit
@@ -259,7 +272,7 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
 # ---------------------------------------------------------------- clips out
 
 
-def write_video(frames: np.ndarray | Tensor | Iterable[np.ndarray], path: str | Path, fps: float = 8) -> None:
+def write_video(frames: Clip | Iterable[np.ndarray], path: str | Path, fps: float = 8) -> None:
     """Write uint8 f h w 3 by the ending: .mp4 (H.264), .gif (looped), .png (a strip of at most 8 frames).
 
     frames: all at once, or an iterable of chunks in order; an mp4 then never holds more than one chunk.
@@ -329,3 +342,491 @@ def _write_strip(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
 def _evenly(num: int, most: int) -> list[int]:
     """At most `most` indices out of `num`, evenly spread, the first and last among them."""
     return [round(i) for i in np.linspace(0, num - 1, min(num, most))]
+
+
+# ---------------------------------------------------------------- one randomness rule
+
+
+def rng(seed: int, epoch: int, index: int, purpose: str) -> torch.Generator:
+    """The generator of one draw in training: a function of what it is for, never of what was drawn before.
+
+    So a run's state is a few counters, and neither order, ranks, threads nor a resume change a number.
+    """
+    digest = hashlib.sha256(f"{seed} {epoch} {index} {purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _chance(generator: torch.Generator, probability: float) -> bool:
+    return torch.rand((), generator=generator).item() < probability
+
+
+def _integer(generator: torch.Generator, low: int, high: int) -> int:
+    """Uniform in low … high, both included."""
+    return int(torch.randint(low, max(low, high) + 1, (), generator=generator))
+
+
+# ---------------------------------------------------------------- samples: what is known before decoding
+
+
+# (start, num_frames, size) -> uint8 f h w 3; start counts frames at the rate we train at. The size (height,
+# width) is a wish, which a drawing can fulfil; a file comes as it is and is fitted afterwards.
+Reader = Callable[[int, int, tuple[int, int]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample. Files become records below; anything that can draw itself is one as well."""
+
+    name: str  # for messages: the path
+    caption: Callable[[int], str]  # of so many frames: one frame alone shows no motion
+    num_frames: int  # at the rate we train at; 1 for a picture
+    size: tuple[int, int]  # height, width
+    read: Reader
+    read_control: Reader | None = None
+
+
+class Entry(NamedTuple):
+    """One line of a metadata file."""
+
+    path: Path
+    caption: str
+    is_image: bool
+    control: Path | None = None
+
+
+def read_metadata(path: str | Path) -> list[Entry]:
+    """The samples listed in a .json (a list) or .jsonl file, or found in a folder with a .txt beside each.
+
+    An item is {"file_path", "text", "type": "video" | "image"}, as in the reference, and for control models
+    "control_file_path"; paths are absolute or relative to the file; other fields are ignored.
+    raises OSError if there is no such file, ValueError with one line for each mistake in it
+    """
+    path = Path(path)
+    mistakes: list[str] = []
+    entries: dict[Entry, str] = {}
+    for where, item in _folder_items(path) if path.is_dir() else _file_items(path):
+        problems, entry = ([item], None) if isinstance(item, str) else _to_entry(path, item)
+        if entry in entries:
+            problems = [f"says the same as {entries[entry]}; remove one"]
+        mistakes += [f"{where}: {problem}" for problem in problems]
+        if not problems:
+            entries[entry] = where
+    if not entries and not mistakes:
+        mistakes = ["it lists no samples"]
+    if mistakes:
+        lines = mistakes[:100] + [f"and {len(mistakes) - 100} more"] * (len(mistakes) > 100)
+        raise ValueError("\n  ".join([f"{path} cannot be used; mistakes: {len(mistakes)}", *lines]))
+    return list(entries)
+
+
+def _file_items(path: Path) -> Iterator[tuple[str, object]]:
+    """(where, parsed item, or a mistake as str) for each item of a JSON list or line of a JSONL file."""
+    _must_exist(path)
+    is_lines = path.suffix.lower() == ".jsonl"
+    content = path.read_bytes()
+    pieces = content.splitlines() if is_lines else [content]
+    for number, piece in enumerate(pieces, 1):
+        where = f"line {number}" if is_lines else "the file"
+        if is_lines and not piece.strip():
+            continue
+        try:
+            parsed = json.loads(piece.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            yield where, f"not JSON in UTF-8 ({error}); one object a line is .jsonl"
+            continue
+        if is_lines:
+            yield where, parsed if isinstance(parsed, dict) else "should be an object {…}"
+        elif not isinstance(parsed, list):
+            yield where, "should be a list […] of objects {…}"
+        else:
+            for number, item in enumerate(parsed, 1):
+                yield f"item {number}", item if isinstance(item, dict) else "should be an object {…}"
+
+
+def _folder_items(folder: Path) -> Iterator[tuple[str, object]]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in PICTURE_ENDINGS | CLIP_ENDINGS and not path.name.startswith("."):
+            kind = "image" if path.suffix.lower() in PICTURE_ENDINGS else "video"
+            try:
+                caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+                item = {"file_path": str(path.relative_to(folder)), "text": caption, "type": kind}
+            except (OSError, ValueError) as error:
+                reason = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
+                item = f"its caption {path.with_suffix('.txt').name} is {reason}"
+            yield str(path.relative_to(folder)), item
+
+
+def _to_entry(metadata: Path, item: dict) -> tuple[list[str], Entry | None]:
+    """(what is wrong with an item, the entry it stands for)"""
+    problems = []
+    for field in ("file_path", "text", "type", "control_file_path"):
+        if field not in item and field != "control_file_path":
+            problems.append(f"{field} is missing")
+        elif not isinstance(item.get(field, ""), str):
+            problems.append(f"{field} = {json.dumps(item[field])[:80]} should be a string")
+    if isinstance(item.get("type"), str) and item["type"] not in ("video", "image"):
+        problems.append(f'type = "{item["type"]}" should be "video" or "image"')
+    wrong_endings = {"video": PICTURE_ENDINGS, "image": CLIP_ENDINGS}.get(str(item.get("type")), set())
+    paths = {}
+    for field in ("file_path", "control_file_path"):
+        if isinstance(item.get(field), str):
+            paths[field] = path = (metadata if metadata.is_dir() else metadata.parent) / item[field]
+            if not path.is_file():
+                problems.append(f"{field}: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+            elif path.suffix.lower() in wrong_endings:
+                problems.append(f'{field}: {path} is no {item["type"]}, as type = "{item["type"]}" says')
+    if problems:
+        return problems, None
+    is_image = item["type"] == "image"
+    return [], Entry(paths["file_path"], item["text"], is_image, paths.get("control_file_path"))
+
+
+def open_record(entry: Entry, fps: float) -> Record:
+    """Look at a file's header (a picture is read whole); raises ValueError or OSError if it is damaged."""
+
+    def reader(path: Path) -> Reader:
+        if entry.is_image:
+            return lambda start, num_frames, size: read_image(path)[None]
+        return lambda start, num_frames, size: read_video(path, num_frames, fps, start / fps)
+
+    def look(path: Path) -> tuple[int, int, int]:
+        if entry.is_image:
+            return 1, *read_image(path).shape[:2]
+        clip = probe_video(
+            path
+        )  # frames up to the instant of its last: how long that lasts is not always said
+        return int((clip.seconds - 1 / clip.fps + MILLISECOND) * fps) + 1, clip.height, clip.width
+
+    num_frames, *size = look(entry.path)
+    record = Record(str(entry.path), lambda _: entry.caption, num_frames, tuple(size), reader(entry.path))
+    if entry.control is None:
+        return record
+    num_frames = min(num_frames, look(entry.control)[0])
+    return replace(record, num_frames=num_frames, read_control=reader(entry.control))
+
+
+def open_records(entries: list[Entry], fps: float = 8) -> tuple[list[Record], dict[str, str]]:
+    """(records, {path: what is wrong} of the files that cannot be opened), looking at several at a time."""
+    failures = {}
+
+    def open_or_note(entry: Entry) -> Record | None:
+        try:
+            return open_record(entry, fps)
+        except (ValueError, OSError) as error:
+            failures[str(entry.path)] = str(error)
+
+    with ThreadPoolExecutor() as pool:
+        records = [record for record in pool.map(open_or_note, entries) if record]
+    return records, dict(sorted(failures.items()))
+
+
+# ---------------------------------------------------------------- buckets: which samples share a batch
+
+
+def frames_for(
+    max_tokens: int, height: int, width: int, max_frames: int = 49, latent_multiple: int = 1
+) -> int:
+    """The frames of a clip that fill a token budget: 4k+1, for the nearest number k+1 of latent frames.
+
+    A token is 16x16 pixels of a latent frame. 13312 tokens are 49 frames at 512², 21 at 768², 9 at 1024².
+    latent_multiple: 2 for models that patch latent frames in pairs (patch_size_t); one frame alone stays one
+    """
+    latent_frames = round(max_tokens / (height / 16 * width / 16))
+    latent_frames = min(max(latent_frames, 1), (max_frames - 1) // 4 + 1)
+    return 4 * (max(latent_frames // latent_multiple * latent_multiple, 1) - 1) + 1
+
+
+class Bucket(NamedTuple):
+    """The shape all samples of a batch have."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return ((self.num_frames - 1) // 4 + 1) * (self.height // 16) * (self.width // 16)
+
+
+class Batch(NamedTuple):
+    bucket: Bucket
+    indices: list[int]  # into the records
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a phase of training asks of the data."""
+
+    resolutions: tuple[int, ...]  # base sizes: a bucket of size S has about S² pixels
+    max_tokens: int  # of one clip
+    batch_tokens: int  # of a micro-batch: it holds max(1, batch_tokens // tokens of its bucket) samples
+    max_frames: int = 49
+    latent_multiple: int = 1
+
+
+@functools.cache
+def aspect_shapes(size: int) -> list[tuple[int, int]]:
+    """(height, width) of about size² pixels: the square and 40 others from 1:4 to 4:1, multiples of 16.
+
+    The steps are even in the logarithm; small sizes have fewer, as neighbours fall together.
+    """
+    rows = [round(size / 16 * 2 ** (i / 20)) for i in range(21)]
+    tall = [(16 * r, 16 * round(size**2 / (256 * r))) for r in rows]
+    return sorted({*tall, *((width, height) for height, width in tall)})
+
+
+def choose_bucket(record: Record, plan: Plan, generator: torch.Generator) -> Bucket:
+    """Draw a base size the sample is sharp enough for, then the nearest aspect and the frames that fill both
+    the token budget and no more than the clip.
+
+    Sharp enough: less than 1.25 x the geometric mean of its sides; if no size is, the smallest is taken.
+    """
+    own_size = math.sqrt(math.prod(record.size))
+    sizes = [size for size in plan.resolutions if size < 1.25 * own_size] or [min(plan.resolutions)]
+    size = sizes[_integer(generator, 0, len(sizes) - 1)]
+    aspect = math.log(record.size[0] / record.size[1])
+    height, width = min(aspect_shapes(size), key=lambda shape: abs(math.log(shape[0] / shape[1]) - aspect))
+    max_frames = min(plan.max_frames, record.num_frames)
+    return Bucket(frames_for(plan.max_tokens, height, width, max_frames, plan.latent_multiple), height, width)
+
+
+def epoch_batches(records: list[Record], plan: Plan, seed: int, epoch: int) -> list[Batch]:
+    """One epoch: every record once, in batches of one shape, the batches in random order.
+
+    Cheap shapes come in larger batches; the last batch of a bucket may be smaller.
+    """
+
+    def lot(index: int, purpose: str) -> float:
+        return torch.rand((), generator=rng(seed, epoch, index, purpose), dtype=torch.float64).item()
+
+    members: dict[Bucket, list[int]] = {}
+    for index in sorted(range(len(records)), key=lambda index: lot(index, "order")):
+        bucket = choose_bucket(records[index], plan, rng(seed, epoch, index, "resolution"))
+        members.setdefault(bucket, []).append(index)
+    batches = []
+    for bucket, indices in members.items():
+        size = max(1, plan.batch_tokens // bucket.tokens)
+        batches += [Batch(bucket, indices[i : i + size]) for i in range(0, len(indices), size)]
+    return sorted(batches, key=lambda batch: lot(batch.indices[0], "batch order"))
+
+
+def bucket_table(batches: list[Batch]) -> str:
+    """The shapes of an epoch with their counts, for printing before training."""
+    counts: dict[Bucket, list[int]] = {}
+    for batch in batches:
+        counts.setdefault(batch.bucket, []).append(len(batch.indices))
+    lines = ["frames  height x width   tokens  samples  batches  samples a batch"]
+    for bucket, sizes in sorted(counts.items()):
+        lines.append(
+            f"{bucket.num_frames:6d}  {bucket.height:6d} x {bucket.width:<5d}  {bucket.tokens:7d}"
+            f"  {sum(sizes):7d}  {len(sizes):7d}  {max(sizes):15d}"
+        )
+    return "\n".join(lines)
+
+
+def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 f h w 3 resized to cover height x width; what sticks out is cut off evenly on both sides."""
+    full_height, full_width = frames.shape[1:3]
+    scale = min(full_height / height, full_width / width)  # pixels of the file for one of ours
+    top, left = (full_height - height * scale) / 2, (full_width - width * scale) / 2
+    return resize(frames, height, width, box=(left, top, full_width - left, full_height - top))
+
+
+# ---------------------------------------------------------------- what is hidden from the network
+
+MASK_KINDS = {  # of a clip, with their share (the reference's); a picture: a box .2, everything .8
+    "everything": 0.2,
+    "after the start": 0.2,  # all frames from k on, k = 1 … 4
+    "between start and end": 0.2,  # frames k … f-k
+    "ellipse": 0.1,
+    "circle": 0.05,
+    "box": 0.05,
+    "box for a while": 0.05,
+    "boxes here and there": 0.05,
+    "pixels": 0.05,
+    "frames": 0.05,
+}
+
+
+def random_mask(generator: torch.Generator, num_frames: int, height: int, width: int) -> Tensor:
+    """What the network is to generate in one training sample, bool f h w, True = generate.
+
+    Kinds and shares are those of the reference (data/dataset_image_video.py). What is equal over frames or
+    pixels is an expanded view, so most draws cost nothing of the full size.
+    """
+    if num_frames == 1:
+        kind = "box" if _chance(generator, 0.2) else "everything"
+    else:
+        shares = torch.tensor(list(MASK_KINDS.values()))
+        kind = list(MASK_KINDS)[int(torch.multinomial(shares, 1, generator=generator))]
+    return _mask_of_kind(kind, generator, num_frames, height, width).expand(num_frames, height, width)
+
+
+def _mask_of_kind(kind: str, generator: torch.Generator, f: int, h: int, w: int) -> Tensor:
+    """bool, broadcastable to f h w"""
+    frame = torch.arange(f).view(f, 1, 1)
+    if kind in ("after the start", "between start and end"):
+        keep = _integer(generator, 1, 4) if f >= 9 else 1
+        shown = (frame >= keep) & (frame < (f if kind == "after the start" else f - keep))
+        return shown if shown.any() else ~shown  # two frames have nothing between them: everything
+    if kind in ("ellipse", "circle"):
+        axes = [_integer(generator, min(h, w) // 8, min(h, w) // 4) for _ in range(2)]
+        return _disc(generator, h, w, axes[0], axes[0] if kind == "circle" else axes[1])
+    if kind == "box":
+        return _box(generator, h, w)
+    if kind == "box for a while":
+        begin, end = _integer(generator, 0, f // 2 - 1), _integer(generator, f // 2, f - 1)
+        return (frame >= begin) & (frame < end) & _box(generator, h, w)
+    if kind == "boxes here and there":
+        mask = torch.zeros(f, h, w, dtype=torch.bool)
+        for i in torch.randperm(f, generator=generator)[: _integer(generator, 1, f // 2)]:
+            rows, columns = _integer(generator, 1, h // 4), _integer(generator, 1, w // 4)
+            top, left = _integer(generator, 0, h - rows), _integer(generator, 0, w - columns)
+            mask[i, top : top + rows, left : left + columns] = True
+        return mask
+    if kind == "pixels":
+        packed = torch.randint(0, 256, (f * h * w // 8 + 1,), generator=generator, dtype=torch.uint8)
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=f * h * w)).view(torch.bool).view(f, h, w)
+    if kind == "frames":
+        return torch.rand(f, 1, 1, generator=generator) < 0.5
+    assert kind == "everything"
+    return torch.ones(1, 1, 1, dtype=torch.bool)
+
+
+def _box(generator: torch.Generator, h: int, w: int) -> Tensor:
+    """bool h w: a box with sides of 1/4 … 3/4 of the frame around a random centre, cut at the border."""
+    inside = []
+    for length in (h, w):
+        side, centre = _integer(generator, length // 4, 3 * length // 4), _integer(generator, 0, length - 1)
+        begin = centre - side // 2
+        inside.append((torch.arange(length) >= begin) & (torch.arange(length) < begin + side))
+    return inside[0][:, None] & inside[1]
+
+
+def _disc(generator: torch.Generator, h: int, w: int, half_height: int, half_width: int) -> Tensor:
+    y = (torch.arange(h) - _integer(generator, 0, h - 1)) / half_height
+    x = (torch.arange(w) - _integer(generator, 0, w - 1)) / half_width
+    return (y**2)[:, None] + x**2 <= 1
+
+
+def draw_noise_sigma(generator: torch.Generator) -> float:
+    """The strength of the noise on a sample's reference pixels, exp(N(-3, 1/2)): mostly .02 … .13."""
+    return torch.randn((), generator=generator).mul(0.5).sub(3).exp().item()
+
+
+def add_reference_noise(pixels: Tensor, sigma: float | Tensor, noise: Tensor) -> Tensor:
+    """Blur what a known frame tells, so that the model does not copy it blindly: pixels + sigma · noise,
+    except where pixels are exactly −1 (masked, or black), which stays the sign for "unknown"."""
+    return torch.where(pixels == -1, pixels, pixels + sigma * noise)
+
+
+# ---------------------------------------------------------------- loading
+
+CAPTION_DROP = 0.1  # unconditional samples, for guidance
+TEXT_ONLY = 0.9  # of the samples with everything masked have a zero condition
+
+
+class Sample(NamedTuple):
+    """One sample, or a batch of them with a leading b."""
+
+    pixels: Tensor  # 3 f h w, float in [−1, 1]
+    caption: str  # "" where dropped
+    mask: Tensor  # f h w, bool, True = generate
+    zero_if_all_masked: bool  # see vae.inpaint_condition
+    control: Tensor | None  # 3 f h w
+
+
+def load_sample(record: Record, bucket: Bucket, seed: int, epoch: int, index: int) -> Sample:
+    """Decode and draw everything about one sample but noise and timestep, which the training step draws.
+
+    raises ValueError or OSError if the file is damaged or shorter than its header says
+    """
+    num_frames, height, width = bucket
+    start = _integer(rng(seed, epoch, index, "start"), 0, record.num_frames - num_frames)
+
+    def take(read: Reader) -> Tensor:
+        frames = read(start, num_frames, (height, width))
+        if len(frames) < num_frames:
+            raise ValueError(f"{record.name} ends {num_frames - len(frames)} frames before its header says")
+        return to_pixels(fit(frames, height, width))
+
+    is_dropped = _chance(rng(seed, epoch, index, "caption"), CAPTION_DROP)
+    return Sample(
+        pixels=take(record.read),
+        caption="" if is_dropped else record.caption(num_frames),
+        mask=random_mask(rng(seed, epoch, index, "mask"), num_frames, height, width),
+        zero_if_all_masked=_chance(rng(seed, epoch, index, "text only"), TEXT_ONLY),
+        control=take(record.read_control) if record.read_control else None,
+    )
+
+
+class Loader:
+    """Loads batches in order and ahead of their use, in threads, and finds replacements for files that fail.
+
+    A failing file is named once, counted, and replaced by the next record in the list that has the frames its
+    place needs. More than `max_failures` of all files, if more than one, stop the run with the list.
+    """
+
+    def __init__(
+        self,
+        records: list[Record],
+        seed: int,
+        failures: dict[str, str] = {},  # files already found broken by open_records
+        num_workers: int = 4,
+        max_failures: float = 0.05,
+        say: Callable[[str], None] = print,
+    ):
+        self.records, self.seed, self.num_workers, self.say = records, seed, num_workers, say
+        self.max_failures = max(1, int(max_failures * (len(records) + len(failures))))
+        self.failures: dict[str, str] = {}
+        self.lock = threading.Lock()
+        for name, reason in failures.items():
+            self.note_failure(name, reason)
+
+    def note_failure(self, name: str, reason: str) -> None:
+        with self.lock:
+            if name not in self.failures:
+                self.failures[name] = reason
+                self.say(f"skipped: {reason}" if name in reason else f"skipped: {name}: {reason}")
+            if len(self.failures) > self.max_failures:
+                listed = "\n  ".join(self.failures[name] for name in sorted(self.failures))
+                raise ValueError(f"too many broken files; repair or remove these:\n  {listed}")
+
+    def load(self, bucket: Bucket, epoch: int, index: int) -> Sample:
+        for step in range(len(self.records)):
+            record = self.records[(index + step) % len(self.records)]
+            try:  # whether it failed before or not: a resumed run would not know
+                if record.num_frames >= bucket.num_frames:
+                    return load_sample(record, bucket, self.seed, epoch, index)
+            except (ValueError, OSError) as error:
+                self.note_failure(record.name, str(error))
+        raise ValueError(f"no file that can be read has {bucket.num_frames} frames")
+
+    def batches(self, todo: Iterable[tuple[int, Batch]], ahead: int = 2) -> Iterator[tuple]:
+        """(epoch, batch, its samples collated) for each (epoch, batch) of `todo`; `ahead` more load."""
+        queue = collections.deque()
+        todo = iter(todo)
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            try:
+                while True:
+                    for epoch, batch in itertools.islice(todo, ahead + 1 - len(queue)):
+                        jobs = [pool.submit(self.load, batch.bucket, epoch, index) for index in batch.indices]
+                        queue.append((epoch, batch, jobs))
+                    if not queue:
+                        return
+                    epoch, batch, jobs = queue.popleft()
+                    yield epoch, batch, collate([job.result() for job in jobs])
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def collate(samples: list[Sample]) -> Sample:
+    """Samples of one shape as a batch: tensors with a leading b, captions as a list."""
+    pixels, captions, masks, zero, control = zip(*samples)
+    return Sample(
+        torch.stack(pixels),
+        list(captions),
+        torch.stack(masks),
+        torch.tensor(zero),
+        torch.stack(control) if all(part is not None for part in control) else None,
+    )
