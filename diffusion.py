@@ -211,7 +211,7 @@ def guidance_at(
 #   denoise(x, t) -> velocity, float32 if x is a shorter dtype; t is an int
 #   randn() -> noise like x
 #   x: noise, or what add_noise gave at timesteps[0]; yielded in its dtype after each step, clean at the end
-#   num_steps: length of the uncut list, default len(timesteps); a stride, where there is one, is 1000//num_steps
+#   num_steps: length of the uncut list, default len(timesteps); strided steps are 1000//num_steps long
 # Coefficients are 0-d tensors of the table's precision; they leave dtype and device of x as they are.
 
 Net = Callable[[Tensor, int], Tensor]
