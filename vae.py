@@ -1,29 +1,31 @@
 """The causal 3D video autoencoder, and the inpaint condition built from it.
 
-    pixels b 3 f h w                                              latents b 16 f' h' w'      f' = 1 + (f-1)/4
-      │ chunks of 8 frames, the remainder joins the first           │ chunks of 2 (see `decode_chunks`)    h' = h/8
-      ▼                                                             ▼                                      w' = w/8
-    conv_in ─► down block ×4 ─► mid ─► norm, conv_out             conv_in ─► mid ─► up block ×4 ─► norm, conv_out
-               resnets, then                    │                            resnets (each norm looks    │
-               ↓2 time (first 2 blocks),        ▼                            at the latents), then       ▼
-               ↓2 space (first 3)      mean, logvar b 16 f' h' w'            ↑2 time, ↑2 space      pixels b 3 f h w
+    pixels b 3 f h w                                    latents b 16 f' h' w'
+      │ chunks of 8 frames (the first takes the rest)     │ chunks of 2 (see `decode_chunks`)
+      ▼                                                   ▼
+    conv_in ─► down block ×4 ─► mid ─► norm, conv_out   conv_in ─► mid ─► up block ×4 ─► norm, conv_out
+               resnets, then               │                       resnets, each norm           │
+               ↓2 time (blocks 0, 1)       ▼                       fed the latents, then        ▼
+               ↓2 space (0, 1, 2)  mean, logvar b 16 f' h' w'      ↑2 time, ↑2 space     pixels b 3 f h w
 
-Time is causal: each 3×3×3 convolution sees the present frame and the two before it, and remembers the last two for
-the next chunk. A video is therefore coded chunk by chunk in memory that does not grow with its length. Group-norm
-statistics are taken per chunk, so the chunk boundaries are part of the result and must be the reference's.
+    f' = 1 + (f-1)/4, h' = h/8, w' = w/8
+
+Time is causal: each 3×3×3 convolution sees the present frame and the two before it, and remembers the last
+two for the next chunk. A video is therefore coded chunk by chunk in memory that does not grow with its
+length. Group-norm statistics are taken per chunk, so the chunk boundaries are part of the result and must be
+the reference's.
 
 Three exact rewritings make it cheap; each has its comment below:
-  norm + SiLU is one multiply-add at full resolution, written straight behind the two remembered frames (`norm_silu`);
+  norm + SiLU is one multiply-add, written straight behind the two remembered frames (`norm_silu`);
   the decoder's norm runs its 1×1×1 convolutions at latent resolution (`SpatialNorm`);
-  nearest ×2 followed by a 3×3 convolution is one transposed convolution (`Upsample`).
+  nearest ×2 and then a 3×3 convolution is one transposed convolution (`Upsample`).
 Activations and weights are channels-last in memory, which convolutions prefer.
 
-Paper: Yang et al. 2024, CogVideoX (arXiv 2408.06072), sec. 2.1. Reference: cogvideox/models/autoencoder_magvit.py;
-diffusers/models/autoencoders/autoencoder_kl_cogvideox.py.
+Paper: Yang et al. 2024, CogVideoX (arXiv 2408.06072), sec. 2.1. Reference:
+cogvideox/models/autoencoder_magvit.py; diffusers/models/autoencoders/autoencoder_kl_cogvideox.py.
 Dimension key: b batch, c channels, f frames, h w height and width (f' h' w' of latents), n pixels of a chunk.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +76,8 @@ class VAEConfig:
                 f"temporal_compression_ratio = {self.temporal_compression_ratio}; only 4 is known"
             )
         if len(self.block_out_channels) != 4 or not self.layers_per_block:
-            raise ValueError(f"block_out_channels = {self.block_out_channels} with {self.layers_per_block} layers "
-                             "per block; CogVideoX VAEs have four blocks of at least one layer")  # fmt: skip
+            raise ValueError(f"block_out_channels = {self.block_out_channels} with {self.layers_per_block} "
+                             "layers per block; a VAE has four blocks of at least one layer")  # fmt: skip
         if not self.norm_num_groups or any(c % self.norm_num_groups for c in self.block_out_channels):
             raise ValueError(f"block_out_channels = {self.block_out_channels} do not divide into "
                              f"norm_num_groups = {self.norm_num_groups}")  # fmt: skip
@@ -89,26 +91,30 @@ class VAEConfig:
 def group_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel group over a whole chunk, in fp32: b c f h w -> twice b num_groups.
 
-    A few thousand pixels at a time, so that the fp32 copy of bf16 input and the squares stay in the processor's cache
-    (on a GPU: stay small); the parts are joined by the law of total variance, which loses no precision to large means.
+    By torch's group-norm kernel, the reference's, whose normalised output we throw away: on 2¹⁴ pixels at a
+    time it never leaves the processor's cache. The kernel adds up in fp32, pixel after pixel, so parts also
+    keep it precise where a picture is flat. The law of total variance joins them.
     """
+    eps = 1e-6  # keeps 1/std finite; taken off again
     pixels = x.permute(0, 2, 3, 4, 1).flatten(1, 3)  # b n c, a view of channels-last memory
-    means, variances, weights = [], [], []
-    for part in pixels.split(4096 if x.device.type == "cpu" else 2**18, dim=1):
-        part = part.float()
-        mean = part.mean(dim=1, keepdim=True)
-        means.append(mean)
-        variances.append((part - mean).square().mean(dim=1, keepdim=True))
-        weights.append(part.shape[1] / pixels.shape[1])
-    means = torch.cat(means, dim=1).unflatten(2, (num_groups, -1))  # b parts groups channels
-    variances = torch.cat(variances, dim=1).unflatten(2, (num_groups, -1))
-    weights = torch.tensor(weights, device=x.device)[:, None, None] / means.shape[3]
-    mean = (means * weights).sum(dim=(1, 3))
-    return mean, ((variances + (means - mean[:, None, :, None]).square()) * weights).sum(dim=(1, 3))
+    # On CPU only fp32 affine parameters make the kernel return the statistics of bf16 input in fp32.
+    one = None if x.is_cuda else torch.ones(x.shape[1], device=x.device)
+    means, variances, shares = [], [], []
+    for part in pixels.split(2**14, dim=1):
+        b, n, c = part.shape
+        plane = part.contiguous().mT.unsqueeze(2)  # b c 1 n; contiguous() copies only where b > 1
+        _, mean, inverse_std = torch.native_group_norm(plane, one, one, b, c, n, num_groups, eps)
+        means.append(mean.float())
+        variances.append(inverse_std.float().pow(-2) - eps)
+        shares.append(n / pixels.shape[1])
+    shares = torch.tensor(shares, device=x.device)[:, None, None]
+    means, variances = torch.stack(means), torch.stack(variances)  # parts b groups
+    mean = (means * shares).sum(0)
+    return mean, ((variances + (means - mean).square()) * shares).sum(0)
 
 
 def group_norm_affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Group norm as one multiply-add: (scale, shift), each b c 1 1 1 in fp32, with norm(x) = x * scale + shift."""
+    """Group norm as a multiply-add: fp32 (scale, shift), each b c 1 1 1; norm(x) = x * scale + shift."""
     mean, variance = group_statistics(x, norm.num_groups)
     channels_per_group = x.shape[1] // norm.num_groups
     inverse_std = torch.rsqrt(variance + norm.eps).repeat_interleave(channels_per_group, dim=1)  # b c
@@ -120,8 +126,9 @@ def group_norm_affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
 class SpatialNorm(nn.Module):
     """Group norm modulated by the latents: norm(x) * conv_y(z) + conv_b(z)   (MoVQ, arXiv 2209.09002, eq. 6).
 
-    The reference resizes z to x's size (nearest) and convolves there. A 1×1×1 convolution commutes with repeating
-    pixels, so both run at latent resolution, where the norm's own scale and shift are folded in too.
+    The reference resizes z to x's size (nearest) and convolves there. A 1×1×1 convolution commutes with
+    repeating pixels, so both run at latent resolution, where the norm's own scale and shift are folded in
+    too.
     """
 
     def __init__(self, channels: int, latent_channels: int, num_groups: int):
@@ -138,12 +145,12 @@ class SpatialNorm(nn.Module):
 
 
 def _per_latent(x: Tensor, grid: torch.Size) -> Tensor:
-    """View b c f h w as b c f' kf h' kh w' kw: each pixel beside the latent (of the grid f' h' w') it belongs to."""
+    """View b c f h w as b c f' kf h' kh w' kw: each pixel beside the latent (f' h' w') it belongs to."""
     return x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """x * scale + shift where scale and shift (b c f' h' w') are repeated up to x's b c f h w, in one pass."""
+    """x * scale + shift, where scale and shift b c f' h' w' are repeated up to x's b c f h w, in one pass."""
     scale, shift = (s.to(x.dtype)[:, :, :, None, :, None, :, None] for s in (scale, shift))
     grid = scale.shape[2:8:2]
     if out is not None:
@@ -152,11 +159,12 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None)
 
 
 def norm_silu(x: Tensor, affine: tuple[Tensor, Tensor], past: Tensor | None) -> Tensor:
-    """silu(norm(x)) behind the two frames before it: b c f h w -> b c 2+f h w, the causal convolution's input.
+    """silu(norm(x)) behind the two frames before it: b c f h w -> b c 2+f h w, a causal convolution's input.
 
     affine: the norm's scale and shift at latent resolution, or b c 1 1 1
-    past: b c 2 h w, what the convolution remembers of the last chunk; None at the start, where frame 0 is repeated
-    Where the first chunk has an odd number of frames, frame 0 belongs to latent 0 alone and the rest to the rest.
+    past: b c 2 h w, what the convolution remembers of the last chunk; None at the start, where frame 0 is
+    repeated Where the first chunk has an odd number of frames, frame 0 belongs to latent 0 alone and the
+    rest to the rest.
     """
     scale, shift = affine
     spans = [(slice(None), slice(None))]
@@ -189,7 +197,7 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=padding)
 
     def forward(self, x: Tensor, cache: Cache, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x: b c f h w -> b c f h w. `affine` is the scale and shift of a norm to apply first, followed by SiLU."""
+        """x: b c f h w -> b c f h w. affine: scale and shift of a norm to apply first, followed by SiLU."""
         past = cache.get(self)
         if affine is not None:
             x = norm_silu(x, affine, past)
@@ -200,7 +208,7 @@ class CausalConv3d(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))); the norms are SpatialNorm in the decoder, plain in the encoder."""
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with group norms, spatial ones in the decoder."""
 
     def __init__(self, config: VAEConfig, in_channels: int, out_channels: int, spatial_norm: bool):
         super().__init__()
@@ -231,7 +239,7 @@ def norm_affine(norm: nn.Module, x: Tensor, z: Tensor | None) -> tuple[Tensor, T
 
 
 class Downsample(nn.Module):
-    """Mean of pairs of frames if `time` (frame 0 of an odd chunk stays alone), then a 3×3 convolution of stride 2."""
+    """Mean of pairs of frames if `time` (frame 0 of an odd chunk stays alone), then a strided convolution."""
 
     def __init__(self, channels: int, time: bool):
         super().__init__()
@@ -247,10 +255,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest ×2 in space and a 3×3 convolution; then, if `time`, every frame twice (frame 0 of the video once).
+    """Nearest ×2 in space, a 3×3 convolution; then, if `time`, every frame twice (frame 0 of the video once).
 
-    The reference repeats frames before convolving; after is the same and half the work. Pixel 2i of the enlarged
-    picture sees the source pixels i-1, i, i and pixel 2i+1 sees i, i, i+1, so taps that meet the same pixel can be
+    The reference repeats frames before convolving; after is the same and half the work. Pixel 2i of the
+    enlarged picture sees the source pixels i-1, i, i and pixel 2i+1 sees i, i, i+1, so taps that meet the
+    same pixel can be
     summed beforehand: a transposed 4×4 convolution of stride 2 with 2.25 times fewer multiplications.
     """
 
@@ -366,8 +375,9 @@ def encode_chunks(num_frames: int) -> list[int]:
 def decode_chunks(num_frames: int, first_alone: bool) -> list[int]:
     """Latent frames per chunk when decoding.
 
-    first_alone: CogVideoX-Fun's way, one frame, then twos, the last may be one: 4 -> [1, 2, 1], always 4f'-3 frames.
-    Otherwise diffusers' way, twos with an odd frame joining the first: 5 -> [3, 2]; even counts give 4f' frames.
+    first_alone: CogVideoX-Fun's way, one frame, then twos, the last may be one: 4 -> [1, 2, 1], always 4f'-3
+    frames. Otherwise diffusers' way, twos with an odd frame joining the first: 5 -> [3, 2]; even counts give
+    4f' frames.
     """
     if first_alone:
         return [1] + [2] * ((num_frames - 1) // 2) + [1] * ((num_frames - 1) % 2)
@@ -377,7 +387,7 @@ def decode_chunks(num_frames: int, first_alone: bool) -> list[int]:
 
 @dataclass
 class Tiling:
-    """Overlapping spatial tiles: sizes of the input's tiles and strides, of the output's kept parts and blends."""
+    """Overlapping tiles: size and stride in the input's pixels, kept part and blend in the output's."""
 
     size: tuple[int, int]
     stride: tuple[int, int]
@@ -386,7 +396,7 @@ class Tiling:
 
 
 def blend_tiles(rows: list[list[Tensor]], tiling: Tiling) -> Tensor:
-    """One picture from overlapping tiles, each faded in linearly over the tile above and the tile to the left."""
+    """One picture from overlapping tiles, each faded in linearly over the tiles above and to the left."""
 
     def fade(before: Tensor, tile: Tensor, dim: int, extent: int) -> None:
         extent = min(before.shape[dim], tile.shape[dim], extent)
@@ -409,7 +419,7 @@ def blend_tiles(rows: list[list[Tensor]], tiling: Tiling) -> Tensor:
 
 
 def run_chunks(network: nn.Module, x: Tensor, chunks: list[int], tiling: Tiling | None) -> Iterator[Tensor]:
-    """The encoder or decoder over consecutive chunks of frames, tile by tile; every tile has its own memory."""
+    """The encoder or decoder over consecutive chunks of frames, tile by tile; each tile has its own cache."""
     height, width = x.shape[3:]
     if tiling is None or (height <= tiling.size[0] and width <= tiling.size[1]):
         cache = {}
@@ -435,10 +445,11 @@ def run_chunks(network: nn.Module, x: Tensor, chunks: list[int], tiling: Tiling 
 
 
 class VideoVAE(nn.Module):
-    """Pixels b 3 f h w in [-1, 1] <-> latents b 16 f' h' w' that are already scaled; no caller ever multiplies.
+    """Pixels b 3 f h w in [-1, 1] <-> latents b 16 f' h' w', scaled already: no caller ever multiplies.
 
-    `tiled=True` works through spatial tiles of half the config's sample size where the picture is larger: less memory,
-    slightly other numbers (each tile has its own norm statistics), as the reference's enable_tiling().
+    `tiled=True` works through spatial tiles of half the config's sample size where the picture is larger:
+    less memory, slightly other numbers (each tile has its own norm statistics), as the reference's
+    enable_tiling().
     """
 
     def __init__(self, config: VAEConfig):
@@ -473,7 +484,7 @@ class VideoVAE(nn.Module):
         blend = tuple(int(o * overlap) for o, overlap in zip(out, overlaps))
         if 0 in stride:
             raise ValueError(f"sample_height × sample_width = {self.config.sample_height} × "
-                             f"{self.config.sample_width} is too small for tiles; leave tiling off")  # fmt: skip
+                             f"{self.config.sample_width} is too small for tiles")  # fmt: skip
         return Tiling(size, stride, keep=(out[0] - blend[0], out[1] - blend[1]), blend=blend)
 
     def moments(self, pixels: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor]:
@@ -485,8 +496,8 @@ class VideoVAE(nn.Module):
         """
         b, c, f, height, width = pixels.shape
         if c != self.config.in_channels or not f or height % 8 or width % 8 or not height or not width:
-            raise ValueError(f"pixels of shape {tuple(pixels.shape)}; the VAE takes b {self.config.in_channels} f h w "
-                             "with at least one frame and h, w multiples of 8")  # fmt: skip
+            raise ValueError(f"pixels of shape {tuple(pixels.shape)}; the VAE takes "
+                             f"b {self.config.in_channels} f h w, f > 0, h and w multiples of 8")  # fmt: skip
         pixels = pixels.to(self.device, self.dtype)
         tiling = self._tiling(encode=True) if tiled else None
         moments = torch.cat(list(run_chunks(self.encoder, pixels, encode_chunks(f), tiling)), dim=2)
@@ -529,7 +540,7 @@ class VideoVAE(nn.Module):
     def decode_stream(
         self, latents: Tensor, tiled: bool = False, first_alone: bool = True
     ) -> Iterator[Tensor]:
-        """Like `decode`, but yields b 3 k h w as soon as k frames are ready; memory does not grow with their number."""
+        """Like `decode`, but yields b 3 k h w as soon as k frames are ready, in memory independent of f'."""
         yield from self._decoded_chunks(latents, tiled, first_alone)
 
     @classmethod
@@ -550,10 +561,10 @@ class VideoVAE(nn.Module):
 
 
 def resize_mask(mask: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Resize b 1 f h w to b 1 f' h' w': frame 0 alone, the others trilinearly to f'-1, as the VAE groups frames.
+    """Resize b 1 f h w to b 1 f' h' w': frame 0 alone, the rest trilinearly to f'-1, as the VAE groups them.
 
-    A known last frame alone therefore reads 0 in the last latent (of its four frames the middle two are averaged),
-    as in the reference, whose weights were trained so.
+    A known last frame alone therefore reads 0 in the last latent (of its four frames the middle two are
+    averaged), as in the reference, whose weights were trained so.
     """
     f, h, w = grid
     first = F.interpolate(mask[:, :, :1], size=(1, h, w), mode="trilinear", align_corners=False)
@@ -574,15 +585,16 @@ def inpaint_condition(
 
     pixels: b 3 f h w in [-1, 1]    mask: b 1 f h w of 0 and 1, 1 = generate here
     generator: sample the posterior (training) instead of taking its mode (inference)
-    zero_if_all_masked: whether a sample with nothing known gets an all-zero condition; a bool, or one per sample (b)
-    returns: b 17 f' h' w': the mask channel, turned round to 1 = known, and 16 masked-video latents; both carry the
-    latent scale, the mask too, because the reference scales after joining them (cogvideox/pipeline/
-    pipeline_cogvideox_inpaint.py, scripts/train.py)
-    raises ValueError if mask and pixels do not fit
+    zero_if_all_masked: whether a sample with nothing known gets an all-zero condition; a bool, or one per
+    sample (b)
+    returns: b 17 f' h' w': the mask channel, turned round to 1 = known, and 16 masked-video latents; both
+    carry the latent scale, the mask too, because the reference scales after joining them
+    (cogvideox/pipeline/ pipeline_cogvideox_inpaint.py, scripts/train.py) raises ValueError if mask and
+    pixels do not fit
     """
     b, _, f, h, w = pixels.shape
     if mask.shape != (b, 1, f, h, w):
-        raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit pixels of shape {tuple(pixels.shape)}; "
+        raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit pixels {tuple(pixels.shape)}; "
                          f"expected {(b, 1, f, h, w)}")  # fmt: skip
     mask = mask.to(pixels)
     zero = torch.as_tensor(zero_if_all_masked, device=pixels.device).expand(b) & (mask == 1).flatten(1).all(

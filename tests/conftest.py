@@ -25,6 +25,9 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     assert error < tolerance, f"largest difference {error:.2e}, tolerance {tolerance:.0e}"
 
 
+torch.set_num_threads(1)  # the shapes are tiny: threads would only wait for each other
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     torch.manual_seed(0)
