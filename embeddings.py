@@ -169,11 +169,13 @@ def rope_table(
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn neighbouring channels (2i, 2i+1) of x by the table's angles, in float32, returned in x's dtype.
+    """Turn neighbouring channels (2i, 2i+1) of x by the table's angles.
+
+    The products are float32 whatever x is, since the table is; the result has x's dtype.
 
     x: b heads L+n head_dim    rope: what `rope_table` gives
     """
     cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
     return turned.flatten(-2).to(x.dtype)

@@ -67,6 +67,12 @@ def test_sincos_gives_frame_column_row_their_channels():
     )  # float32 of float64
 
 
+def test_sincos_is_computed_in_float64():
+    table = sincos_table(16, (1, 1, 9999), (1, 9999), 0, 1.0, 1.0, CPU)
+    theirs = torch.outer(torch.arange(9999.0).double(), 10000 ** -(torch.arange(3).double() / 3)).sin()
+    assert_close(table[:, 4:7], theirs, 1e-7)  # float32 angles would be off by 9999 * 6e-8
+
+
 @pytest.mark.parametrize("rows, cols", [(3, 5), (8, 2), (4, 6), (1, 1), (13, 17)])
 def test_stretching_each_axis_is_stretching_the_table_trilinearly(rows, cols):
     native = sincos_table(32, (3, 4, 6), (4, 6), 0, 1.875, 1.0, CPU).view(1, 3, 4, 6, 32).movedim(-1, 1)
@@ -79,6 +85,7 @@ def test_the_crop_region_keeps_the_aspect_ratio_centred_in_the_native_grid():
     assert crop_region(30, 45, (30, 45)) == (0, 30, 0, 45)
     assert crop_region(24, 42, (30, 45)) == (2, 28, 0, 45)  # wider: full width, 45/42*24 = 25.7 rows
     assert crop_region(42, 24, (30, 45)) == (0, 30, 14, 31)  # narrower: full height, 30/42*24 = 17.1 columns
+    assert crop_region(40, 25, (30, 45)) == (0, 30, 13, 32)  # 30/40*25 = 18.75 columns round up
     assert crop_region(60, 90, (30, 45)) == (0, 30, 0, 45)  # any resolution covers the same region
     assert crop_region(2, 5, (4, 5)) == (1, 3, 0, 5)
     assert crop_region(1, 5, (4, 5)) == (2, 3, 0, 5)  # offset 1.5 rounds to even

@@ -43,11 +43,11 @@ def case(variant: str, index: int) -> tuple[dict[str, Tensor], list[Tensor | Non
     return g, [g["x"].transpose(1, 2), g["t"], g["text"], condition]
 
 
-def random_model(config: TransformerConfig) -> VideoTransformer:
+def random_model(config: TransformerConfig, std: float = 0.2) -> VideoTransformer:
     """All parameters random: those that start at zero would hide mistakes."""
     dit = VideoTransformer(config)
     for parameter in dit.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.normal_(parameter, std=std)
     return dit
 
 
@@ -123,7 +123,41 @@ def test_what_we_save_gives_the_same_velocity_in_diffusers(variant, tmp_path):
         assert_close(ours(noisy, t, text, condition), theirs, TOLERANCE)
 
 
+@pytest.mark.parametrize("size", [0.02, 0.3])  # small weights make the norms' eps visible
+@pytest.mark.parametrize("changes", [{}, {"patch_bias": False, "attention_bias": False, "norm_eps": 1e-3}])
+def test_random_weights_give_the_same_velocity_in_diffusers(changes, size, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    ours = random_model(replace(TINY, **changes), std=size)
+    ours.save_pretrained(tmp_path)
+    theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    noisy, t, text, _ = random_inputs(ours)
+    with torch.no_grad():
+        theirs = theirs(noisy.transpose(1, 2), text, t).sample.transpose(1, 2)
+        velocity = ours(noisy, t, text)
+    assert_close(velocity, theirs, 1e-5 * theirs.abs().max().item())  # float32, other summation orders
+
+
 # ---------------------------------------------------------------- properties
+
+
+def test_norms_of_q_and_k_have_their_own_eps():
+    dit = VideoTransformer(replace(TINY, norm_eps=1e-3))
+    norms = {name: m.eps for name, m in dit.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert {eps for name, eps in norms.items() if name.endswith(("norm_q", "norm_k"))} == {1e-6}
+    assert {eps for name, eps in norms.items() if not name.endswith(("norm_q", "norm_k"))} == {1e-3}
+
+
+def test_biases_and_affine_norms_follow_the_config():
+    config = replace(TINY, patch_bias=False, attention_bias=False, norm_elementwise_affine=False)
+    absent = VideoTransformer(TINY).state_dict().keys() - VideoTransformer(config).state_dict().keys()
+    block = {f"attn1.to_{x}.bias" for x in "qkv"} | {
+        f"norm{i}.norm.{x}" for i in (1, 2) for x in ("weight", "bias")
+    }
+    ends = {f"{norm}.{x}" for norm in ("norm_final", "norm_out.norm") for x in ("weight", "bias")}
+    blocks = {f"transformer_blocks.{i}.{key}" for i in (0, 1) for key in block}
+    assert absent == {"patch_embed.proj.bias"} | ends | blocks
+    linear = VideoTransformer(replace(config, patch_size_t=2, use_rotary_positional_embeddings=True))
+    assert "patch_embed.proj.bias" in linear.state_dict()  # V1.5 ignores patch_bias
 
 
 def test_a_lone_frame_is_a_pair_with_a_zero_frame_in_v15():
@@ -204,14 +238,15 @@ def test_rope_models_take_text_of_any_length_on_any_grid():
     assert velocity.shape == (1, 16, 4, 14, 2)
 
 
-def test_half_precision_stays_half_precision_and_near():
-    dit = load("fun-5b-inp")
+@pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-5b-inp", "cogvideox-5b-i2v"])
+def test_half_precision_stays_half_precision_and_near(variant):
+    dit = load(variant)
     inputs = random_inputs(dit)
     half = [x if x is None or not x.is_floating_point() else x.bfloat16() for x in inputs]
     with torch.no_grad():
         velocity, ours = (
             dit(*inputs),
-            VideoTransformer.from_pretrained(GOLDENS / "fun-5b-inp", torch.bfloat16)(*half),
+            VideoTransformer.from_pretrained(GOLDENS / variant, torch.bfloat16)(*half),
         )
     assert ours.dtype == torch.bfloat16
     assert_close(ours.float(), velocity, 0.15)  # 8 bits of outputs of order 4, through two blocks
