@@ -148,7 +148,7 @@ def test_the_object_is_wholly_visible_and_moves_or_grows_enough(height, width):
 
 def test_drawn_objects_keep_off_the_border():
     for height, width in SIZES:
-        mask = mask_of(draw(one_of_each()[::2], 17, height, width)[:, ::8])  # first, middle and last frame
+        mask = mask_of(draw(one_of_each()[::5], 17, height, width)[:, ::8])  # first, middle and last frame
         border = torch.cat([mask[..., 0, :], mask[..., -1, :], mask[..., :, 0], mask[..., :, -1]], dim=-1)
         assert not border.any() and mask.flatten(2).any(dim=-1).all()
 
@@ -216,12 +216,14 @@ def test_the_motion_is_steady():
 
 def test_several_thousand_clips_are_drawn_a_minute():
     scenes = [sample_scene(0, index) for index in range(64)]
-    draw(scenes[:8])
-    start = time.perf_counter()
-    draw(scenes)
-    assert (
-        64 / (time.perf_counter() - start) * 60 > 1000
-    )  # 14,000 … 57,000 on a free core; tests share theirs
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        draw(scenes)
+        return time.perf_counter() - start
+
+    per_minute = 60 * len(scenes) / min(seconds() for _ in range(3))
+    assert per_minute > 2000  # 57,000 on a free core; tests may have to share theirs
 
 
 # ---------------------------------------------------------------- records
@@ -250,12 +252,12 @@ def test_a_long_record_is_read_in_parts():
 
 @pytest.mark.parametrize("height, width", SIZES)
 def test_clean_clips_are_read_right(height, width):
-    scenes = one_of_each(2)[:: 2 if height * width < 96**2 else 5]
+    scenes = one_of_each(2)[::5]
     assert rate_read_right(scenes, draw(scenes, 17, height, width)) >= 0.995
 
 
 def test_blurred_and_noisy_clips_are_read_right():
-    scenes = one_of_each(3)[::3]
+    scenes = one_of_each(3)[::5]
     clips = draw(scenes)
     degraded = degrade(clips)
     assert 25 < psnr(clips, degraded) < 30
@@ -266,7 +268,7 @@ def test_blurred_and_noisy_clips_are_read_right():
 
 
 def test_images_are_read_right_and_have_no_motion():
-    scenes = one_of_each(4)[::2]
+    scenes = one_of_each(4)[::5]
     for height, width in SIZES:
         clips = draw(scenes, 1, height, width)
         assert rate_read_right(scenes, clips) >= 0.995
