@@ -353,10 +353,8 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor
     half = num_buckets // 2
     exact = half // 2
     distance = relative.abs()
-    far = (
-        torch.log(distance.float() / exact) / math.log(max_distance / exact) * (half - exact)
-    )  # fp32 as there
-    far = exact + far.clamp(min=0).long()
+    share = torch.log(distance.float() / exact) / math.log(max_distance / exact)  # fp32, as in the reference
+    far = exact + (share * (half - exact)).clamp(min=0).long()
     bucket = torch.where(distance < exact, distance, far.clamp(max=half - 1))
     return bucket + half * (relative > 0)
 
@@ -419,6 +417,8 @@ class GatedFeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """x += attention(norm(x)); x += feed_forward(norm(x)), in the checkpoint's nesting of names."""
+
     def __init__(self, config: T5Config, has_bias_table: bool) -> None:
         super().__init__()
         attention = {"SelfAttention": SelfAttention(config, has_bias_table)}
@@ -471,7 +471,7 @@ class T5Encoder(nn.Module):
         buckets = relative_buckets(
             ids.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance
         )
-        bias = self.run(BIAS_TABLE, buckets.to(x.device)).permute(2, 0, 1)[None]  # 1 heads L L
+        bias = self.run(BIAS_TABLE, buckets.to(x.device)).permute(2, 0, 1)[None].contiguous()
         for i in range(config.num_layers):
             x = self.run(f"encoder.block.{i}", x, bias)
         return self.run("encoder.final_layer_norm", x)
@@ -514,7 +514,8 @@ class T5Encoder(nn.Module):
 
 class StreamedT5Encoder(T5Encoder):
     """The same encoder for machines it does not fit: each call reads one block after the other from disk and
-    forgets it again, without gradients. Built on the meta device; T5-XXL then takes 0.75 GB in bf16 on a CPU.
+    forgets it again, without gradients. It is built on the meta device and stays there. Peak memory of a
+    process that encodes 226 tokens with a T5-XXL stored in bf16, on a CPU: 0.75 GB in bf16, 1.56 GB in fp32.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from conftest import GOLDENS, VARIANTS, assert_close, expected
 from safetensors.torch import load_file, save_file
 
 from checkpoint import save_weights
-from text_encoder import T5Config, T5Encoder, Tokenizer, relative_buckets
+from text_encoder import Normalizer, T5Config, T5Encoder, Tokenizer, relative_buckets
 
 VARIANT = GOLDENS / "fun-2b-inp"
 TOKENIZER_DIR = VARIANT / "tokenizer"
@@ -145,12 +145,12 @@ def test_special_tokens_follow_the_files_and_without_them_t5s_rule(tmp_path):
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert tokenizer.encode(text) == Tokenizer.from_pretrained(TOKENIZER_DIR).encode(text)
     assert tokenizer.encode("<extra_id_0><extra_id_99>") == [1099, 1000]
-    added = {"1100": {"content": "<new>", "lstrip": False, "rstrip": True}}
+    added = {"1100": {"content": "<new>", "lstrip": False, "rstrip": True}, "1101": {"content": "<new>er"}}
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"extra_ids": 7, "added_tokens_decoder": added})
     )
     tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.encode("<extra_id_6><extra_id_0><new>") == [1000, 1006, 1100]
+    assert tokenizer.encode("<extra_id_6><extra_id_0><new><new>er") == [1000, 1006, 1100, 1101]
     assert len(tokenizer.encode("<extra_id_7>")) > 1  # not special here
     unknown = tokenizer.encode("\x85")  # white space to Python alone, so only a stripping token removes it
     assert tokenizer.encode("\x85<new>\x85") == [*unknown, 1100]
@@ -163,7 +163,16 @@ def test_a_tokenizer_json_is_read_when_there_is_no_spiece_model(tmp_path):
         "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
         "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
         "model": {"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": False},
-        **dict.fromkeys(["padding", "normalizer", "post_processor", "decoder"]),
+        "post_processor": {  # T5's: it would append a second </s>
+            "type": "TemplateProcessing",
+            "single": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+        **dict.fromkeys(["padding", "normalizer", "decoder"]),
         "added_tokens": [],
     }
     folder = tmp_path / "tokenizer"
@@ -224,16 +233,32 @@ def message(*fields):
     return out
 
 
-def tiny_spiece(kind=1, trainer=b"", normalizer=b"", score=-1.0, name=b"a"):
+def tiny_spiece(kind=1, trainer=b"", normalizer=b"", score=-1.0, name=b"a", more=()):
     specials = [(b"<pad>", 3), (b"</s>", 3), (b"<unk>", 2)]
     pieces = [message((1, text), (2, 0.0), (3, kind)) for text, kind in specials]
-    pieces.append(message((1, name), (2, score), (3, kind)))
+    pieces += [message((1, text), (2, number), (3, kind)) for text, number in [(name, score), *more]]
     return message(*((1, piece) for piece in pieces), (2, trainer), (3, normalizer))
 
 
 def test_a_small_handmade_vocabulary_is_read(tmp_path):
     (tmp_path / "spiece.model").write_bytes(tiny_spiece())
     assert Tokenizer.from_pretrained(tmp_path).encode("aa") == [2, 3, 3]  # ▁ is unknown
+
+
+def test_an_unknown_character_costs_ten_more_than_the_least_likely_piece(tmp_path):
+    more = [("▁".encode(), -1.0), (b"xa", -13.0), (b"bc", -12.0)]
+    for score, ids in ((-1.5, [4, 2, 3]), (-2.5, [4, 5, 6])):  # ▁ x abc: -1 -23 + score; ▁ xa bc: -1 -25
+        (tmp_path / "spiece.model").write_bytes(tiny_spiece(name=b"abc", score=score, more=more))
+        assert Tokenizer.from_pretrained(tmp_path).encode("xabc") == ids
+
+
+def test_replacements_are_found_through_wide_and_narrow_steps_of_the_trie():
+    units = [0] * 512
+    units[0] = 1 << 10 | 512  # the root: its children lie 1 << 8 away, bit 9 adds the 8
+    units[0x100 ^ ord("a")] = 1 << 10 | 256 | ord("a")  # a rule ends here, its value lies one step away
+    units[0x100 ^ ord("a") ^ 1] = 1 << 31 | 2  # the third byte of the replacements
+    charsmap = struct.pack("<I", 4 * len(units)) + struct.pack(f"<{len(units)}I", *units) + b"-\0bc\0"
+    assert Normalizer(charsmap, add_prefix=True, collapse_spaces=True)(" xa  \0é ") == "▁xbc▁\0é"
 
 
 @pytest.mark.parametrize(
