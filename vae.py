@@ -91,16 +91,18 @@ class VAEConfig:
 def group_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel group over a whole chunk, in fp32: b c f h w -> twice b num_groups.
 
-    By torch's group-norm kernel, the reference's, whose normalised output we throw away: on 2¹⁴ pixels at a
-    time it never leaves the processor's cache. The kernel adds up in fp32, pixel after pixel, so parts also
-    keep it precise where a picture is flat. The law of total variance joins them.
+    By torch's group-norm kernel, whose normalised output we throw away: on a part of the pixels at a time it
+    never leaves the processor's cache. The kernel adds up fp32 numbers pixel after pixel, which loses digits
+    where a picture is flat, so the parts are short. Parts of a batch are long: that is training, where the
+    reference adds up whole chunks so and we are compared with its rounding too. The law of total variance
+    joins the parts.
     """
     eps = 1e-6  # keeps 1/std finite; taken off again
     pixels = x.permute(0, 2, 3, 4, 1).flatten(1, 3)  # b n c, a view of channels-last memory
     # On CPU only fp32 affine parameters make the kernel return the statistics of bf16 input in fp32.
     one = None if x.is_cuda else torch.ones(x.shape[1], device=x.device)
     means, variances, shares = [], [], []
-    for part in pixels.split(2**14, dim=1):
+    for part in pixels.split(2**10 if len(pixels) == 1 else 2**14, dim=1):
         b, n, c = part.shape
         plane = part.contiguous().mT.unsqueeze(2)  # b c 1 n; contiguous() copies only where b > 1
         _, mean, inverse_std = torch.native_group_norm(plane, one, one, b, c, n, num_groups, eps)
