@@ -35,7 +35,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -48,6 +47,7 @@ from transformer import TransformerConfig, VideoTransformer
 from vae import VAEConfig, VideoVAE, inpaint_condition
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
+SMALL_TOKENS = 1024  # up to here both prompts go through the network together
 FPS = 8.0  # what CogVideoX-Fun is trained at
 Picture = str | Path | Image.Image | np.ndarray  # an array is uint8 h w 3
 Clip = str | Path | np.ndarray  # an array is uint8 f h w 3, at the model's frame rate already
@@ -89,7 +89,7 @@ class Models:
 
     @contextlib.contextmanager
     def use(self, name: str, stage: str) -> Iterator[nn.Module]:
-        """One network (text_encoder, vae or transformer), loaded for the block; its time counts as `stage`."""
+        """One network (text_encoder, vae or transformer), loaded for the block; timed as `stage`."""
         start = time.perf_counter()
         if name not in self.loaded:
             self.loaded[name] = self._load(name)
@@ -571,7 +571,7 @@ def describe(models: Models, jobs: list[Job]) -> str:
     steps = f"{int(request.num_steps * request.strength)} of " if request.strength < 1 else ""
     billions = count_parameters(models.model_dir, "transformer") / 1e9
     lines = [
-        f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, {billions:.3g} B parameters",
+        f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, {billions:.3g} B weights",
         f"video    {job.width}x{job.height}, {job.num_frames} frames -> {latents[2]} latent frames "
         f"-> {tokens} tokens" + (f", {len(jobs)} of them" if len(jobs) > 1 else ""),
         f"sampler  {job.sampler}, {steps}{request.num_steps} steps, guidance {request.guidance_scale:g}",
@@ -811,7 +811,7 @@ def make_jobs(models: Models, args: argparse.Namespace) -> list[Job]:
 
 
 def sample(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
-    """Prepare every job, then sample; (path of the video, latents, record) of each, the latents saved beside."""
+    """Prepare and sample every job: (path of the video, latents, record) of each, the latents saved."""
     device, dtype = choose_device(vars(args).get("device"), vars(args).get("dtype"))
     models = load_models(find_model(args.model), dtype, device)
     jobs = make_jobs(models, args)
@@ -827,7 +827,7 @@ def sample(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tuple[
 
 
 def reopen(args: argparse.Namespace) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
-    """What `sample` returns, from saved latents; model, dtype and fps are those of then, unless given anew."""
+    """What `sample` returns, from saved latents; with the model, dtype and fps of then, unless given."""
     latents, record = load_latents(Path(args.from_latents))
     for name, default in (("model", str(TINY)), ("fps", FPS), ("dtype", None)):
         if vars(args).get(name, default) == default and isinstance(record.get(name), type(default or "")):
