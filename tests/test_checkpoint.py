@@ -1,0 +1,268 @@
+"""checkpoint.py: strict loading, shards, aliases, atomic writing, one clear sentence for every damaged file."""
+
+import dataclasses
+import json
+import os
+import shutil
+import struct
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from conftest import GOLDENS, VARIANTS
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from checkpoint import (
+    atomic_dir,
+    atomic_write,
+    load_component,
+    read_config,
+    save_component,
+    save_weights,
+    weight_files,
+)
+from text_encoder import T5Encoder
+from transformer import VideoTransformer
+from vae import VideoVAE
+
+
+@dataclass
+class Config:
+    width: int = 4
+    num_layers: int = 1
+    scale: float = 1.0
+    name: str = "x"
+    optional: int | None = None
+    sizes: list[int] = field(default_factory=list)
+    extra: dict = field(default_factory=dict)
+
+
+class Net(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.a = nn.Linear(config.width, config.width)
+        self.b = nn.Linear(config.width, 2, bias=False)
+
+
+def save_net(folder, **changes):
+    net = Net(Config(**changes))
+    save_component(net, folder, _class_name="Net")
+    return net
+
+
+def load_net(folder, **kwargs):
+    return load_component(Net, Config, folder, kwargs.pop("dtype", torch.float32), "cpu", **kwargs)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_loads_and_saves_back_to_the_same_tensors(variant, tmp_path):
+    for cls, name in ((VideoVAE, "vae"), (VideoTransformer, "transformer"), (T5Encoder, "text_encoder")):
+        cls.from_pretrained(GOLDENS / variant).save_pretrained(tmp_path)
+        [before], [after] = ((root / name).glob("*.safetensors") for root in (GOLDENS / variant, tmp_path))
+        assert before.name == after.name
+        before, after = load_file(before), load_file(after)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[k].float(), after[k]) for k in before)  # a table may be stored in fp64
+
+
+@pytest.mark.parametrize("shard_bytes, count", [(10**9, 1), (70, 2)])
+def test_single_and_sharded_weights_load_alike(tmp_path, shard_bytes, count):
+    net = Net(Config())
+    save_component(net, tmp_path, max_shard_bytes=shard_bytes)
+    assert len(list(tmp_path.glob("*.safetensors"))) == count
+    assert same(load_net(tmp_path), net)
+    save_component(net, tmp_path)  # saving again with fewer shards leaves none of the old ones behind
+    assert [p.name for p in tmp_path.glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_dtype_is_converted_on_loading(tmp_path):
+    save_net(tmp_path)
+    assert load_net(tmp_path, dtype=torch.bfloat16).a.weight.dtype == torch.bfloat16
+    assert load_net(tmp_path, dtype=None).a.weight.dtype == torch.float32
+
+
+def test_weights_are_mapped_not_copied(tmp_path):
+    """Growing by less than half of the file's 64 MiB shows that nothing was copied."""
+    save_net(tmp_path, width=4096)  # 64 MiB
+
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    net = load_net(tmp_path)
+    assert net.a.weight.shape == (4096, 4096) and resident() - before < 32 * 2**20
+
+
+def test_a_key_may_go_by_its_alias(tmp_path):
+    net = save_net(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["tied"] = state.pop("b.weight")
+    save_file(state, path)
+    assert same(load_net(tmp_path, aliases={"tied": "b.weight"}), net)
+    state["b.weight"] = state["tied"].clone()
+    save_file(state, path)
+    assert same(load_net(tmp_path, aliases={"tied": "b.weight"}), net)
+    with pytest.raises(ValueError, match="unexpected: tied"):
+        load_net(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("a.bias"), "missing: a.bias"),
+        (lambda s: s.update(c=torch.zeros(1)), "unexpected: c"),
+        (
+            lambda s: s.update({"a.bias": torch.zeros(5)}),
+            r"mis-shaped: a.bias is \[5\], the config asks for \[4\]",
+        ),
+        (lambda s: s.update({"a.bias": torch.zeros(4, dtype=torch.int8)}), "a.bias is torch.int8"),
+    ],
+)
+def test_weights_that_do_not_match_stop_the_load_by_name(tmp_path, change, message):
+    save_net(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+    with pytest.raises(ValueError, match=message):
+        load_net(tmp_path)
+
+
+def test_only_the_first_few_of_many_keys_are_named(tmp_path):
+    save_net(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(path) | {f"x{i}": torch.zeros(1) for i in range(9)}, path)
+    with pytest.raises(ValueError, match="unexpected: x0, x1, x2 and 6 more"):
+        load_net(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "truncated or not a safetensors"),
+        (b"\xff" * 64, "truncated or not a safetensors"),
+        (struct.pack("<Q", 2**60) + b"{}", "truncated or not a safetensors"),
+        (struct.pack("<Q", 2) + b"[]", "truncated or not a safetensors"),
+        (b"PK\x03\x04" + bytes(100), "truncated or not a safetensors"),
+    ],
+)
+def test_damaged_weights_are_one_sentence(tmp_path, content, message):
+    save_net(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_net(tmp_path)
+
+
+def test_a_truncated_file_is_noticed(tmp_path):
+    save_net(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="truncated"):
+        load_net(tmp_path)
+
+
+def test_pickles_are_named_and_never_opened(tmp_path):
+    save_net(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "model.bin")
+    with pytest.raises(ValueError, match="pickled weights .model.bin.*safetensors"):
+        load_net(tmp_path)
+
+
+def test_an_index_that_lies_is_refused(tmp_path):
+    save_component(Net(Config()), tmp_path, max_shard_bytes=70)
+    [index] = tmp_path.glob("*.index.json")
+    good = json.loads(index.read_text())
+    for bad, message in [
+        ({"weight_map": {"a.weight": "../secret.safetensors"}}, "points outside"),
+        ({"weight_map": {"a.weight": "gone.safetensors"}}, "lacks gone.safetensors"),
+        ({"weight_map": [1]}, "no usable weight_map"),
+        ({"weight_map": good["weight_map"] | {"a.bias": good["weight_map"]["a.weight"]}}, "lacks a.bias"),
+    ]:
+        index.write_text(json.dumps(bad))
+        with pytest.raises((ValueError, OSError), match=message):
+            load_net(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "not readable JSON"),
+        ("[1]", "not a JSON object"),
+        ("[" * 100_000, "not readable JSON"),
+        ('{"width": "wide"}', "width = \"wide\" should be of type int"),
+        ('{"width": true}', "should be of type int"),
+        ('{"width": 4.5}', "should be of type int"),
+        ('{"scale": NaN}', "should be of type float"),
+        ('{"sizes": [1, "2"]}', "sizes"),
+        ('{"width": -1}', "outside 0"),
+        ('{"num_layers": 100000}', "outside 0"),
+        ('{"width": 1e999}', "should be of type int"),
+    ],
+)  # fmt: skip
+def test_a_damaged_config_is_one_sentence(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(Config, tmp_path / "config.json")
+
+
+def test_a_config_takes_ints_for_floats_null_for_optional_and_keeps_the_unknown(tmp_path):
+    (tmp_path / "config.json").write_text('{"scale": 2, "optional": null, "_class_name": "N", "later": [1]}')
+    config = read_config(Config, tmp_path / "config.json")
+    assert config == Config(scale=2, extra={"_class_name": "N", "later": [1]})
+    net = Net(config)
+    save_component(net, tmp_path / "again", _class_name="Other")
+    content = json.loads((tmp_path / "again/config.json").read_text())
+    assert content == {k: v for k, v in dataclasses.asdict(config).items() if k != "extra"} | config.extra
+
+
+def test_a_missing_folder_or_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        VideoVAE.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="neither vae/ nor config.json"):
+        VideoVAE.from_pretrained(tmp_path)
+    shutil.copytree(GOLDENS / "fun-5b-inp/vae", tmp_path / "vae")
+    (tmp_path / "vae/config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        VideoVAE.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_that_fails_leaves_the_old_folder_and_nothing_else(tmp_path):
+    folder = tmp_path / "state"
+    for text in ("first", "second"):
+        with atomic_dir(folder) as temporary:
+            (temporary / "a").mkdir()
+            (temporary / "a/b.txt").write_text(text)
+    with pytest.raises(RuntimeError), atomic_dir(folder) as temporary:
+        (temporary / "c.txt").write_text("third")
+        raise RuntimeError
+    assert (folder / "a/b.txt").read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_weights_keep_their_values_whatever_their_strides(tmp_path):
+    tensor = torch.randn(4, 6).t()
+    save_weights({"a": tensor, "b": tensor[:2]}, tmp_path, "model")
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], tensor)
+    assert weight_files(tmp_path) == dict.fromkeys(["a", "b"], tmp_path / "model.safetensors")
