@@ -62,10 +62,10 @@ def unpatchify(tokens: Tensor, grid: Grid, p_t: int, p: int) -> Tensor:
 def _sincos(dim: int, num: int, scale: float) -> Tensor:
     """[sin(x·ω), cos(x·ω)] for places x = i/scale, ω_i = 10000^(-2i/dim): num dim, float32.
 
-    Places are rounded to float32 and then multiplied in float64, because the reference does."""
+    Places are rounded to float32 and then multiplied by float64 frequencies, because the reference does."""
     frequencies = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim / 2))
     places = torch.arange(num, dtype=torch.float32, device="cpu") / scale
-    angles = torch.outer(places.double(), frequencies)
+    angles = torch.outer(places, frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
