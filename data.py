@@ -41,20 +41,7 @@ MILLISECOND = 1e-3  # what containers round timestamps to: instants closer than 
 Picture = str | Path | Image.Image | np.ndarray | Tensor  # arrays are uint8
 Clip = str | Path | np.ndarray | Tensor
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-CLIP_ENDINGS = {
-    ".mp4",
-    ".gif",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".wmv",
-    ".flv",
-}
+CLIP_ENDINGS = set(".mp4 .gif .mov .mkv .webm .avi .m4v .mpg .mpeg .ts .wmv .flv".split())
 
 # ---------------------------------------------------------------- pictures
 
@@ -138,9 +125,10 @@ def _open_clip(path: str | Path) -> Iterator:
                 raise ValueError(f"{path} holds no video; give an .mp4 or .gif")
             container.streams.video[0].thread_count = 1  # threads read ahead, and may fail beyond the span
             yield container, container.streams.video[0]
-    except av.FFmpegError as error:
+    except (av.FFmpegError, IndexError) as error:  # IndexError: PyAV's, where a stream appears on the way
+        reason = getattr(error, "strerror", error)
         raise ValueError(
-            f"{path} is empty, damaged or no clip ({error.strerror}); make it again, for instance as .mp4"
+            f"{path} is empty, damaged or no clip ({reason}); make it again, for instance as .mp4"
         ) from None
 
 
@@ -179,7 +167,7 @@ def read_video(
     """The frames nearest to the instants start + i/fps of a clip, uint8 f h w 3.
 
     num_frames: at most so many; a shorter clip gives what it has   start: seconds
-    fps: frames a second to read at, None for the clip's own average rate; a slow clip repeats frames
+    fps: frames a second to read at (a slow clip repeats frames); None takes every frame as it is stored
     source: path, or uint8 array f h w 3, which is taken to be at the wanted rate already
     raises OSError if the file is missing, ValueError if it is damaged, a picture, or over before `start`
     """
@@ -187,23 +175,23 @@ def read_video(
         return _checked_frames(np.asarray(source), "a clip")[:num_frames]
     frames: list[np.ndarray] = []
     with _open_clip(source) as (container, stream):
-        fps = fps or float(stream.average_rate or stream.guessed_rate or 25)
         for (seconds, frame), (following, successor) in itertools.pairwise(_decode(container, stream, start)):
             if not -1 < following - seconds < 60:
                 raise ValueError(f"{source} has timestamps that jump by {following - seconds:.0f} s")
-            # nearest up to half-way to its successor (which loses a tie); the last frame up to its end
-            until = (seconds + following + MILLISECOND) / 2 if successor else following - MILLISECOND
-            rgb = None
-            while len(frames) != num_frames and start + len(frames) / fps < until:
-                rgb = _upright_rgb(frame) if rgb is None else rgb
-                frames.append(rgb)
-            if len(frames) == num_frames:
+            if fps is None:
+                count = int(seconds > start - MILLISECOND)
+            else:  # nearest up to half-way to its successor, which loses a tie; the last one up to its end
+                until = (seconds + following + MILLISECOND) / 2 if successor else following - MILLISECOND
+                count = max(0, math.ceil((until - start) * fps) - len(frames))
+            if count:
+                frames += [_upright_rgb(frame)] * count
+            if num_frames is not None and len(frames) >= num_frames:
                 break
     if not frames:
         raise ValueError(f"{source} has no frame at {start:g} s; it is empty or shorter than that")
     if len({frame.shape for frame in frames}) > 1:
         raise ValueError(f"{source} changes its size on the way; encode it anew at one size")
-    return np.stack(frames)
+    return np.stack(frames[:num_frames])
 
 
 def probe_video(path: str | Path) -> ClipInfo:
@@ -777,7 +765,8 @@ class Loader:
         say: Callable[[str], None] = print,
     ):
         self.records, self.seed, self.num_workers, self.say = records, seed, num_workers, say
-        self.max_failures = max(1, int(max_failures * (len(records) + len(failures))))
+        self.num_files = len(records) + len(failures)
+        self.max_failures = max(1, int(max_failures * self.num_files))
         self.failures: dict[str, str] = {}
         self.lock = threading.Lock()
         for name, reason in failures.items():
@@ -790,7 +779,8 @@ class Loader:
                 self.say(f"skipped: {reason}" if name in reason else f"skipped: {name}: {reason}")
             if len(self.failures) > self.max_failures:
                 listed = "\n  ".join(self.failures[name] for name in sorted(self.failures))
-                raise ValueError(f"too many broken files; repair or remove these:\n  {listed}")
+                count = f"{len(self.failures)} of {self.num_files}"
+                raise ValueError(f"{count} files are broken; repair or remove them:\n  {listed}")
 
     def load(self, bucket: Bucket, epoch: int, index: int) -> Sample:
         for step in range(len(self.records)):
