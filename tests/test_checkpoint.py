@@ -1,4 +1,4 @@
-"""checkpoint.py: strict loading, shards, aliases, atomic writing, one clear sentence for every damaged file."""
+"""checkpoint.py: strict loading, shards, aliases, atomic writing, one clear sentence per damaged file."""
 
 import dataclasses
 import json
