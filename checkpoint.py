@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 MAX_SHARD_BYTES = 10 * 2**30  # like diffusers: anything smaller stays one file
+MAX_TEXT_BYTES = 64 * 2**20  # of a JSON or tokenizer file; the largest real ones have a few
 
 
 # ---------------------------------------------------------------- JSON and configs
@@ -40,16 +41,21 @@ MAX_SHARD_BYTES = 10 * 2**30  # like diffusers: anything smaller stays one file
 def read_json(path: Path) -> dict:
     """A JSON object from a file, or a ValueError that says what is wrong with the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing; is {path.parent} a complete checkpoint folder?"
-        ) from None
+        content = json.loads(read_bytes(path).decode())
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or nested beyond all reason
         raise ValueError(f"{path} is not readable JSON ({error}); download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object; download it again")
     return content
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file; OSError if there is none (a pipe would block), ValueError if it is not small."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; is {path.parent} a complete checkpoint folder?")
+    if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+        raise ValueError(f"{path} has {size} bytes, far more than it should; download it again")
+    return path.read_bytes()
 
 
 def _fits(value: object, hint: object) -> bool:
@@ -66,8 +72,11 @@ def _fits(value: object, hint: object) -> bool:
 
 
 def _check_numbers(path: Path, name: str, value: object) -> None:
-    """Refuse sizes no model has, before they turn into a billion layers or a negative tensor."""
-    largest = 1024 if "layers" in name else 1_000_000
+    """Refuse sizes no model has, before they turn into a billion layers, a table of terabytes or a negative
+    tensor."""
+    largest = {"num_layers": 256, "layers_per_block": 16, "max_text_seq_length": 1024}.get(name, 1_000_000)
+    if name.startswith("sample_"):  # what position tables cover
+        largest = 16_384
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, (int, float)) and not isinstance(number, bool) and not 0 <= number <= largest:
             raise ValueError(f"{path}: {name} = {number} is outside 0 … {largest}; the config is damaged")
@@ -148,11 +157,11 @@ def weight_files(folder: Path) -> dict[str, Path]:
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator:
     """`safe_open` with errors a user can read; tensors taken from it are memory-mapped, not copied."""
+    if not Path(path).is_file():  # a pipe would block
+        raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as weights:
             yield weights
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}); download it again"
@@ -160,19 +169,14 @@ def open_safetensors(path: Path) -> Iterator:
 
 
 def read_tensors(files: dict[str, Path], keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(key, memory-mapped tensor) for each key.
+    """(key, memory-mapped tensor) for each key; `check_weights` has seen that they are there.
 
     Each call opens the files anew, so that the pages of an earlier call can be forgotten: a mapping kept open
     counts everything ever read through it as resident."""
     for path in sorted({files[key] for key in keys}):
         with open_safetensors(path) as weights:
-            present = set(weights.keys())
             for key in keys:
                 if files[key] == path:
-                    if key not in present:
-                        raise ValueError(
-                            f"{path} lacks {key}, which its index places there; download it again"
-                        )
                     yield key, weights.get_tensor(key)
 
 
@@ -196,6 +200,28 @@ def check_keys(folder: Path, expected: dict[str, torch.Size], found: dict[str, t
         raise ValueError(f"weights in {folder} do not match its config.json: {'; '.join(problems)}")
 
 
+def check_weights(module: nn.Module, folder: Path, aliases: dict[str, str] = {}) -> dict[str, Path]:
+    """Hold a module against the headers of a component's weight files; which file holds which tensor.
+
+    aliases: {other name: our name} for keys that name a tensor twice; either name, or both, may be present.
+    raises ValueError if a key is missing, unexpected, mis-shaped or not floating-point
+    """
+    files, found = weight_files(folder), {}
+    for path in sorted(set(files.values())):
+        with open_safetensors(path) as weights:
+            present = set(weights.keys())
+            for key in (key for key in files if files[key] == path):
+                if key not in present:
+                    raise ValueError(f"{path} lacks {key}, which its index places there; download it again")
+                stored = weights.get_slice(key)
+                if not stored.get_dtype().startswith(("F", "BF")):
+                    raise ValueError(f"{path}: {key} is {stored.get_dtype()}; only floating-point weights "
+                                     "are read, not quantised ones")  # fmt: skip
+                found[aliases.get(key, key)] = stored.get_shape()
+    check_keys(folder, {key: tensor.shape for key, tensor in module.state_dict().items()}, found)
+    return files
+
+
 def load_weights(
     module: nn.Module,
     folder: Path,
@@ -203,24 +229,16 @@ def load_weights(
     device: str | torch.device,
     aliases: dict[str, str] = {},
 ) -> None:
-    """Fill a module built on the meta device from a component folder, strictly.
+    """Fill a module built on the meta device from a component folder, strictly; see `check_weights`.
 
-    dtype: of the loaded floating-point tensors; None keeps each as it is stored.
-    aliases: {other name: our name} for keys that name a tensor twice; either name, or both, may be present.
-    raises ValueError if a key is missing, unexpected or mis-shaped
+    dtype: of the loaded tensors; None keeps each as it is stored
     """
-    state = {}
-    files = weight_files(folder)
-    for key, tensor in read_tensors(files, list(files)):
-        if key in aliases and aliases[key] in files:
-            continue
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{folder}: {key} is {tensor.dtype}; only floating-point weights are read, not quantised ones"
-            )
-        state[aliases.get(key, key)] = tensor.to(device=device, dtype=dtype)
-    expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    check_keys(folder, expected, {key: tensor.shape for key, tensor in state.items()})
+    files = check_weights(module, folder, aliases)
+    keys = [key for key in files if aliases.get(key) not in files]  # of two names for a tensor, ours
+    state = {
+        aliases.get(key, key): tensor.to(device=device, dtype=dtype)
+        for key, tensor in read_tensors(files, keys)
+    }
     module.load_state_dict(state, strict=True, assign=True)
 
 
@@ -237,7 +255,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # writers look at the suffix
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors would make files private
         yield temporary
+        temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -270,12 +291,33 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """`target` becomes another name of the file `source`, or a copy where the disk knows no hard links."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """One safetensors file, written atomically."""
+    with atomic_write(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path} ({error}); is the disk full?") from None
 
 
 def save_weights(
@@ -295,13 +337,7 @@ def save_weights(
     if len(shards) > 1:
         names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards):
-        with atomic_write(folder / name) as temporary:
-            try:
-                save_file(
-                    shard, temporary, metadata={"format": "pt"}
-                )  # transformers refuses files without the note
-            except SafetensorError as error:
-                raise OSError(f"cannot write {folder / name} ({error}); is the disk full?") from None
+        save_tensors(shard, folder / name, {"format": "pt"})  # transformers refuses files without the note
     index = folder / f"{stem}.safetensors.index.json"
     if len(shards) > 1:
         total = sum(t.numel() * t.element_size() for t in state.values())
@@ -319,6 +355,18 @@ def save_weights(
 # ---------------------------------------------------------------- one component, in and out
 
 
+def build(module_class: type, config_class: type, folder: Path) -> nn.Module:
+    """`module_class(config)` of a component folder, on the meta device, which costs nothing."""
+    config = read_config(config_class, folder / "config.json")
+    try:
+        with torch.device("meta"):
+            return module_class(config)
+    except (RuntimeError, OverflowError):  # more elements than 64 bits can count
+        raise ValueError(
+            f"{folder / 'config.json'} asks for tensors beyond all reason; it is damaged"
+        ) from None
+
+
 def load_component(
     module_class: type,
     config_class: type,
@@ -327,10 +375,8 @@ def load_component(
     device: str | torch.device,
     aliases: dict[str, str] = {},
 ):
-    """`module_class(config)` with the weights of `folder`; building on the meta device costs nothing."""
-    config = read_config(config_class, folder / "config.json")
-    with torch.device("meta"):
-        module = module_class(config)
+    """`module_class(config)` with the weights of `folder`."""
+    module = build(module_class, config_class, folder)
     load_weights(module, folder, dtype, device, aliases)
     return module.eval()
 

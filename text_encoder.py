@@ -20,6 +20,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import tokenizers
@@ -30,15 +31,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from checkpoint import (
-    check_keys,
+    build,
+    check_weights,
     component_dir,
     load_component,
-    open_safetensors,
-    read_config,
+    read_bytes,
     read_json,
     read_tensors,
     save_component,
-    weight_files,
 )
 
 # ---------------------------------------------------------------- spiece.model: a protobuf message
@@ -142,10 +142,10 @@ def read_spiece(path: Path) -> tuple[list[tuple[str, float, int]], Normalizer]:
 
     raises ValueError if the file is damaged, or no Unigram model of the kind T5 uses
     """
-    pieces = []
+    pieces, content = [], read_bytes(path)
     trainer, normalizer = {}, {}
     try:
-        for number, value in protobuf_fields(path.read_bytes()):
+        for number, value in protobuf_fields(content):
             if number == 1:
                 piece = dict(protobuf_fields(value))
                 (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
@@ -235,8 +235,9 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has neither spiece.model nor tokenizer.json; get one of them")
+        content = read_bytes(path)
         with _readable_errors(path):
-            unigram = tokenizers.Tokenizer.from_file(str(path))
+            unigram = tokenizers.Tokenizer.from_str(content.decode())
         unigram.no_padding()
         unigram.no_truncation()  # both are done here, whatever the file asks for
         if None in (unigram.token_to_id(PAD), unigram.token_to_id(END)):
@@ -498,9 +499,7 @@ class T5Encoder(nn.Module):
         """
         folder = component_dir(model_dir, "text_encoder")
         if stream:
-            config = read_config(T5Config, folder / "config.json")
-            with torch.device("meta"):
-                return StreamedT5Encoder(config, folder, dtype, device).eval()
+            return build(partial(StreamedT5Encoder, folder, dtype, device), T5Config, folder).eval()
         t5 = load_component(cls, T5Config, folder, dtype=None, device="cpu", aliases=ALIASES)
         for name, parameter in t5.named_parameters():  # straight from disk: fp16 would round what stays fp32
             parameter.data = parameter.data.to(device, weight_dtype(name, dtype))
@@ -519,20 +518,11 @@ class StreamedT5Encoder(T5Encoder):
     """
 
     def __init__(
-        self, config: T5Config, folder: Path, dtype: torch.dtype, device: str | torch.device
+        self, folder: Path, dtype: torch.dtype, device: str | torch.device, config: T5Config
     ) -> None:
         """raises ValueError if names or shapes in the files' headers do not fit the config"""
         super().__init__(config)
-        self.files, self.dtype, self.device = weight_files(folder), dtype, device
-        found = {}
-        for path in sorted(set(self.files.values())):
-            with open_safetensors(path) as weights:
-                for key in (key for key in self.files if self.files[key] == path):
-                    stored = weights.get_slice(key)
-                    if not stored.get_dtype().startswith(("F", "BF")):
-                        raise ValueError(f"{path}: {key} is {stored.get_dtype()}, not floating-point")
-                    found[ALIASES.get(key, key)] = stored.get_shape()
-        check_keys(folder, {key: tensor.shape for key, tensor in self.state_dict().items()}, found)
+        self.files, self.dtype, self.device = check_weights(self, folder, ALIASES), dtype, device
 
     def embed(self, ids: Tensor) -> Tensor:
         key = next(key for key in (TABLE, *ALIASES) if key in self.files)
