@@ -41,6 +41,8 @@ Cache = dict[
     nn.Module, Tensor
 ]  # the last two input frames of every causal convolution, carried from chunk to chunk
 
+Draw = torch.Generator | list[torch.Generator]  # one for the whole batch, or one for each sample
+
 
 @dataclass
 class VAEConfig:
@@ -91,28 +93,49 @@ class VAEConfig:
 def group_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel group over a whole chunk, in fp32: b c f h w -> twice b num_groups.
 
-    By torch's group-norm kernel, whose normalised output we throw away: on a part of the pixels at a time it
-    never leaves the processor's cache. The kernel adds up fp32 numbers pixel after pixel, which loses digits
-    where a picture is flat, so the parts are short. Parts of a batch are long: that is training, where the
-    reference adds up whole chunks so and we are compared with its rounding too. The law of total variance
-    joins the parts.
+    By torch's group-norm kernel, the reference's, whose normalised output we throw away: on 2¹⁴ pixels at a
+    time it never leaves the processor's cache. The kernel adds up in fp32, pixel after pixel, so parts also
+    keep it precise where a picture is flat. The law of total variance joins them.
     """
-    eps = 1e-6  # keeps 1/std finite; taken off again
-    pixels = x.permute(0, 2, 3, 4, 1).flatten(1, 3)  # b n c, a view of channels-last memory
-    # On CPU only fp32 affine parameters make the kernel return the statistics of bf16 input in fp32.
-    one = None if x.is_cuda else torch.ones(x.shape[1], device=x.device)
-    means, variances, shares = [], [], []
-    for part in pixels.split(2**10 if len(pixels) == 1 else 2**14, dim=1):
-        b, n, c = part.shape
-        plane = part.contiguous().mT.unsqueeze(2)  # b c 1 n; contiguous() copies only where b > 1
-        _, mean, inverse_std = torch.native_group_norm(plane, one, one, b, c, n, num_groups, eps)
-        means.append(mean.float())
-        variances.append(inverse_std.float().pow(-2) - eps)
-        shares.append(n / pixels.shape[1])
-    shares = torch.tensor(shares, device=x.device)[:, None, None]
-    means, variances = torch.stack(means), torch.stack(variances)  # parts b groups
-    mean = (means * shares).sum(0)
-    return mean, ((variances + (means - mean).square()) * shares).sum(0)
+    return GroupStatistics.apply(x, num_groups)
+
+
+class GroupStatistics(torch.autograd.Function):
+    """`group_statistics` with the gradient written out: torch's own takes ten passes over x, this takes one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+        eps = 1e-6  # keeps 1/std finite; taken off again
+        pixels = x.permute(0, 2, 3, 4, 1).flatten(1, 3)  # b n c, a view of channels-last memory
+        # On CPU only fp32 affine parameters make the kernel return the statistics of bf16 input in fp32.
+        one = None if x.is_cuda else torch.ones(x.shape[1], device=x.device)
+        means, variances, shares = [], [], []
+        for part in pixels.split(2**14, dim=1):
+            b, n, c = part.shape
+            plane = part.contiguous().mT.unsqueeze(2)  # b c 1 n; contiguous() copies only where b > 1
+            _, mean, inverse_std = torch.native_group_norm(plane, one, one, b, c, n, num_groups, eps)
+            means.append(mean.float())
+            variances.append(inverse_std.float().pow(-2) - eps)
+            shares.append(n / pixels.shape[1])
+        shares = torch.tensor(shares, device=x.device)[:, None, None]
+        means, variances = torch.stack(means), torch.stack(variances)  # parts b groups
+        mean = (means * shares).sum(0)
+        ctx.save_for_backward(x, mean)
+        return mean, ((variances + (means - mean).square()) * shares).sum(0)
+
+    @staticmethod
+    def backward(ctx, mean_grad: Tensor, variance_grad: Tensor) -> tuple[Tensor, None]:
+        """d mean/dx = 1/n and d variance/dx = 2 (x − mean)/n, n the elements of a group: scale·x + shift."""
+        x, mean = ctx.saved_tensors
+        b, num_groups = mean.shape
+        n = x[0].numel() // num_groups
+        scale = 2 * variance_grad / n
+        shift = mean_grad / n - scale * mean
+        scale, shift = (
+            s.repeat_interleave(x.shape[1] // num_groups, dim=1)[:, :, None, None, None].to(x.dtype)
+            for s in (scale, shift)
+        )  # b c 1 1 1
+        return torch.addcmul(shift, x, scale), None
 
 
 def group_norm_affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -512,14 +535,17 @@ class VideoVAE(nn.Module):
             mean = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise.to(mean)
         return mean * self.config.scaling_factor
 
-    def encode(self, pixels: Tensor, generator: torch.Generator | None = None, tiled: bool = False) -> Tensor:
+    def encode(self, pixels: Tensor, generator: Draw | None = None, tiled: bool = False) -> Tensor:
         """pixels b 3 f h w in [-1, 1] -> scaled latents b 16 f' h' w'.
 
-        The posterior's mode, as inference uses it, or a sample where a generator is given, as training does.
+        The posterior's mode, as inference uses it, or a sample where a generator is given, as training does;
+        with a list of b generators each sample's draw is its own, whatever else is in the batch.
         """
         mean, logvar = self.moments(pixels, tiled)
         noise = None
-        if generator is not None:
+        if isinstance(generator, list):
+            noise = torch.stack([torch.randn(mean.shape[1:], generator=g, device=g.device) for g in generator])
+        elif generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
         return self.posterior(mean, logvar, noise)
 
@@ -580,13 +606,13 @@ def inpaint_condition(
     vae: VideoVAE,
     pixels: Tensor,
     mask: Tensor,
-    generator: torch.Generator | None = None,
+    generator: Draw | None = None,
     zero_if_all_masked: bool | Tensor = True,
 ) -> Tensor:
     """What an inpaint model is told: which pixels are known, and the video with the unknown ones blacked out.
 
     pixels: b 3 f h w in [-1, 1]    mask: b 1 f h w of 0 and 1, 1 = generate here
-    generator: sample the posterior (training) instead of taking its mode (inference)
+    generator: sample the posterior (training) instead of taking its mode (inference); one, or a list of b
     zero_if_all_masked: whether a sample with nothing known gets an all-zero condition; a bool, or one per
     sample (b)
     returns: b 17 f' h' w': the mask channel, turned round to 1 = known, and 16 masked-video latents; both
