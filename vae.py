@@ -37,10 +37,7 @@ from torch import Tensor, nn
 
 from checkpoint import component_dir, load_component, save_component
 
-Cache = dict[
-    nn.Module, Tensor
-]  # the last two input frames of every causal convolution, carried from chunk to chunk
-
+Cache = dict[nn.Module, Tensor]  # the last two input frames of every causal convolution, for its next chunk
 Draw = torch.Generator | list[torch.Generator]  # one for the whole batch, or one for each sample
 
 
@@ -93,9 +90,11 @@ class VAEConfig:
 def group_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel group over a whole chunk, in fp32: b c f h w -> twice b num_groups.
 
-    By torch's group-norm kernel, the reference's, whose normalised output we throw away: on 2¹⁴ pixels at a
-    time it never leaves the processor's cache. The kernel adds up in fp32, pixel after pixel, so parts also
-    keep it precise where a picture is flat. The law of total variance joins them.
+    By torch's group-norm kernel, whose normalised output we throw away: on a part of the pixels at a time it
+    never leaves the processor's cache. The kernel adds up fp32 numbers pixel after pixel, which loses digits
+    where a picture is flat, so the parts are short. Parts of a batch are long: that is training, where the
+    reference adds up whole chunks so and we are compared with its rounding too. The law of total variance
+    joins the parts.
     """
     return GroupStatistics.apply(x, num_groups)
 
@@ -110,7 +109,7 @@ class GroupStatistics(torch.autograd.Function):
         # On CPU only fp32 affine parameters make the kernel return the statistics of bf16 input in fp32.
         one = None if x.is_cuda else torch.ones(x.shape[1], device=x.device)
         means, variances, shares = [], [], []
-        for part in pixels.split(2**14, dim=1):
+        for part in pixels.split(2**10 if len(pixels) == 1 else 2**14, dim=1):
             b, n, c = part.shape
             plane = part.contiguous().mT.unsqueeze(2)  # b c 1 n; contiguous() copies only where b > 1
             _, mean, inverse_std = torch.native_group_norm(plane, one, one, b, c, n, num_groups, eps)
@@ -544,7 +543,9 @@ class VideoVAE(nn.Module):
         mean, logvar = self.moments(pixels, tiled)
         noise = None
         if isinstance(generator, list):
-            noise = torch.stack([torch.randn(mean.shape[1:], generator=g, device=g.device) for g in generator])
+            noise = torch.stack(
+                [torch.randn(mean.shape[1:], generator=g, device=g.device) for g in generator]
+            )
         elif generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
         return self.posterior(mean, logvar, noise)
