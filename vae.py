@@ -100,7 +100,7 @@ def group_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 
 
 class GroupStatistics(torch.autograd.Function):
-    """`group_statistics` with the gradient written out: torch's own takes ten passes over x, this takes one."""
+    """`group_statistics` with its gradient written out: torch takes ten passes over x for it, this one."""
 
     @staticmethod
     def forward(ctx, x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:

@@ -238,6 +238,14 @@ def test_training_conditions_equal_the_reference(variant, monkeypatch):
     assert_close(condition.transpose(1, 2), want["train.inpaint_latents"], 1e-5)
 
 
+def test_the_condition_of_a_start_picture_is_precise_on_flat_black_frames():
+    """3e-5: all frames but the first are exactly -1, where careless fp32 sums would cost 1e-4."""
+    want, vae = expected("fun-2b-inp"), VideoVAE.from_pretrained(GOLDENS / "fun-2b-inp")
+    pixels = pixels_of(want["pre.start.video_u8"])
+    mask = (want["pre.start.mask_t"] > 0).float()[None, None, :, None, None].expand(1, 1, 13, 32, 48)
+    assert_close(inpaint_condition(vae, pixels, mask), want["pipe.i2v.extra"][:1].transpose(1, 2), 3e-5)
+
+
 def test_an_all_masked_sample_is_zeroed_only_when_told_so():
     vae, pixels = tiny(), torch.rand(3, 3, 5, 16, 16)
     mask = torch.ones(3, 1, 5, 16, 16)
