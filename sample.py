@@ -21,28 +21,38 @@ b batch · c channels · f frames · h w height, width (f' h' w' of latents) · 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
 import re
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import atomic_write, component_dir, open_safetensors, read_config, weight_files
+from checkpoint import (
+    atomic_write,
+    build,
+    check_weights,
+    component_dir,
+    open_safetensors,
+    read_config,
+    save_tensors,
+)
 from data import read_image, read_mask, read_video, resize, to_pixels, to_uint8, write_video
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
-from text_encoder import T5Encoder, Tokenizer
+from text_encoder import ALIASES, T5Config, T5Encoder, Tokenizer
 from transformer import TransformerConfig, VideoTransformer
 from vae import VAEConfig, VideoVAE, inpaint_condition
 
@@ -87,18 +97,50 @@ class Models:
         self.loaded: dict[str, nn.Module] = {}  # put a module here to use it in place of the folder's
         self.seconds: dict[str, float] = {}  # spent in each stage so far
 
+    @functools.cached_property
+    def num_parameters(self) -> dict[str, int]:
+        """Of each network; on the way every file's header is held against its config, and those against each
+        other, so that nothing is found missing half-way.
+
+        raises ValueError or OSError in one sentence
+        """
+        counts, configs = {}, {}
+        for name, network, config_class in (
+            ("text_encoder", T5Encoder, T5Config),
+            ("vae", VideoVAE, VAEConfig),
+            ("transformer", VideoTransformer, TransformerConfig),
+        ):
+            folder = component_dir(self.model_dir, name)
+            module = build(network, config_class, folder)
+            check_weights(module, folder, ALIASES if name == "text_encoder" else {})
+            counts[name] = sum(p.numel() for p in module.parameters())
+            configs[name] = module.config
+        t5, vae, dit = configs.values()
+        for ours, theirs in (
+            (f"text_embed_dim = {dit.text_embed_dim}", f"the text encoder's d_model = {t5.d_model}"),
+            (f"out_channels = {dit.out_channels}", f"the VAE's latent_channels = {vae.latent_channels}"),
+            (f"patch_size = {dit.patch_size}", "the only one there is, patch_size = 2"),
+            (f"in_channels = {vae.in_channels} of the VAE", "the colours, in_channels = 3"),
+            (f"out_channels = {vae.out_channels} of the VAE", "the colours, out_channels = 3"),
+        ):
+            if ours.split()[2] != theirs.split()[-1]:
+                raise ValueError(f"{self.model_dir}: {ours} does not fit {theirs}; "
+                                 "take all components from one checkpoint")  # fmt: skip
+        return counts
+
     @contextlib.contextmanager
     def use(self, name: str, stage: str) -> Iterator[nn.Module]:
         """One network (text_encoder, vae or transformer), loaded for the block; timed as `stage`."""
         start = time.perf_counter()
-        if name not in self.loaded:
+        borrowed = name in self.loaded
+        if not borrowed:
+            torch.cuda.empty_cache()  # what the stage before has left; a no-op without a GPU
             self.loaded[name] = self._load(name)
         try:
             yield self.loaded[name]
         finally:
-            if not self.keep:
+            if not (borrowed or self.keep):
                 del self.loaded[name]
-                torch.cuda.empty_cache()
             self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
 
     def _load(self, name: str) -> nn.Module:
@@ -179,10 +221,15 @@ class Request:
             raise ValueError(f"strength={self.strength} is outside (0, 1]; 0.8 changes much, 0.5 less, 1 all")
         if self.strength < 1 and self.video is None:
             raise ValueError(f"strength={self.strength} needs a video to start from")
-        if not math.isfinite(self.guidance_scale) or not 0 <= self.guidance_scale <= 1000:
-            raise ValueError(f"guidance_scale={self.guidance_scale} is outside 0 … 1000; the models like 6")
-        if not 0 <= self.noise_aug_strength <= 10:
-            raise ValueError(f"noise_aug_strength={self.noise_aug_strength} is outside 0 … 10; try 0.0563")
+        for flag, least, most, advice in (
+            ("guidance_scale", 0, 1000, "the models like 6"),
+            ("noise_aug_strength", 0, 10, "try 0.0563"),
+            ("num_steps", 1, 1000, "the models like 50"),
+            ("seed", 0, 2**63 - 1, "any in between will do"),
+        ):
+            value = getattr(self, flag)
+            if value is not None and not least <= value <= most:  # true of NaN, too
+                raise ValueError(f"{flag}={value} is outside {least} … {most}; {advice}")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 999:
             raise ValueError(
@@ -190,16 +237,12 @@ class Request:
             )
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ValueError(f"sampler={self.sampler!r} is unknown; choose from {', '.join(SAMPLERS)}")
-        if not 1 <= self.num_steps <= 1000:
-            raise ValueError(f"num_steps={self.num_steps} is outside 1 … 1000; the models like 50")
         if int(self.num_steps * self.strength) < 1:
             raise ValueError(f"strength={self.strength} of num_steps={self.num_steps} leaves no step; "
                              f"the smallest is {1 / self.num_steps:.3g}")  # fmt: skip
         for flag in ("height", "width"):
-            value = getattr(self, flag)
-            if value is not None and (value < 16 or value % 16 or value > 16384):
-                nearest = min(max(round(value / 16), 1), 1024) * 16
-                raise ValueError(f"{flag}={value}; sizes are multiples of 16, try {nearest}")
+            if getattr(self, flag) is not None:
+                check_side(config, flag, getattr(self, flag))
         if self.num_frames is not None:
             check_num_frames(config, self.num_frames)
 
@@ -209,6 +252,17 @@ def _advice(flag: str) -> str:
         "control_video": "a control model of 32 channels does",
         "video": "an inpaint model of 33 channels does",
     }.get(flag, "an inpaint model of 33 channels (…-InP) does")
+
+
+def check_side(config: TransformerConfig, name: str, size: int) -> None:
+    """ValueError unless a height or width (the name) is a multiple of 16 that the model's positions hold."""
+    native = 8 * getattr(config, f"sample_{name}")
+    most = native // 16 * 16 if config.patch_size_t else 16384  # RoPE goes on; here we stop
+    if not 16 <= size <= most or size % 16:
+        nearest = min(max(round(size / 16) * 16, 16), most)
+        raise ValueError(f"{name}={size}; sizes are multiples of 16 up to {most}, try {nearest}")
+    if config.use_learned_positional_embeddings and size != native:
+        raise ValueError(f"{name}={size}; this model's learned positions only fit {name}={native}")
 
 
 def check_num_frames(config: TransformerConfig, num_frames: int) -> None:
@@ -242,9 +296,10 @@ def legal_num_frames(config: TransformerConfig, num_frames: int) -> int:
 def native_size(config: TransformerConfig) -> tuple[int, int, int]:
     """(height, width, frames) a model is made for; V1.5 says 300×300 latents but lives at 480×720 pixels."""
     height, width = 8 * config.sample_height, 8 * config.sample_width
+    num_frames = (config.sample_frames - 1) // 4 * 4 + 1
     if config.patch_size_t:
-        return min(480, height), min(720, width), 85
-    return height // 16 * 16, width // 16 * 16, (config.sample_frames - 1) // 4 * 4 + 1
+        height, width, num_frames = min(480, height), min(720, width), 85
+    return height // 16 * 16, width // 16 * 16, num_frames
 
 
 def choose_size(
@@ -259,7 +314,7 @@ def choose_size(
     limits = (8 * config.sample_height, 8 * config.sample_width) if config.patch_size_t else (16384, 16384)
 
     def legal(size: float, limit: int) -> int:
-        return min(max(round(size / 16), 1) * 16, limit // 16 * 16)
+        return min(max(round(size / 16), 1), limit // 16) * 16
 
     return height or legal(exact, limits[0]), width or legal(exact / aspect, limits[1])
 
@@ -284,8 +339,8 @@ class Job:
     condition: Tensor | None = None  # 1 c f' h' w'
     start: Tensor | None = None  # 1 16 f' h' w': the latents the sampler begins with
 
-    def latent_shape(self, channels: int) -> tuple[int, ...]:
-        return (1, channels, (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8)
+    def latent_shape(self, channels: int) -> tuple[int, int, int, int, int]:
+        return 1, channels, (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
 
 def prepare(models: Models, request: Request, fps: float = FPS) -> Job:
@@ -299,31 +354,33 @@ def prepare(models: Models, request: Request, fps: float = FPS) -> Job:
     images = request.image if isinstance(request.image, list) else [request.image]
     images = [read_image(image) for image in images if image is not None]
     end_image = None if request.end_image is None else read_image(request.end_image)
-    clip = None
-    source = request.video if request.video is not None else request.control_video
+    clip, source = None, request.video if request.video is not None else request.control_video
+    most_frames = request.num_frames or native_size(config)[2]
     if source is not None:
-        clip = read_video(source, request.num_frames or native_size(config)[2], fps)
+        clip = read_video(source, most_frames, fps)
 
-    num_frames = request.num_frames or (len(clip) if clip is not None else native_size(config)[2])
+    num_frames = request.num_frames or (most_frames if clip is None else len(clip))
     if clip is not None and len(clip) < num_frames:
-        raise ValueError(f"{_name(source)} has {len(clip)} frames at {fps:g} fps, fewer than num_frames="
-                         f"{num_frames}; try {legal_num_frames(config, len(clip))}")  # fmt: skip
+        name = source if isinstance(source, (str, Path)) else "the clip"
+        raise ValueError(f"{name} has {len(clip)} frames at {fps:g} fps, fewer than num_frames={num_frames}; "
+                         f"try {legal_num_frames(config, len(clip))}")  # fmt: skip
     num_frames = legal_num_frames(config, num_frames)
     first = clip if clip is not None else images or ([end_image] if end_image is not None else None)
-    height, width = choose_size(
-        config, request.height, request.width, None if first is None else first[0].shape[:2]
-    )
-    job = Job(
-        request,
-        height,
-        width,
-        num_frames,
-        request.sampler or _default_sampler(models),
-        int.from_bytes(os.urandom(4)) if request.seed is None else request.seed,
-    )
-    if first is not None and not (request.height and request.width):
-        job.notes.append(f"the input of {first[0].shape[1]}x{first[0].shape[0]} is made at {width}x{height}")
+    size = None if first is None else first[0].shape[:2]
+    height, width = choose_size(config, request.height, request.width, size)
+    check_side(config, "height", height)
+    check_side(config, "width", width)
+    seed = int.from_bytes(os.urandom(4)) if request.seed is None else request.seed
+    job = Job(request, height, width, num_frames, request.sampler or _default_sampler(models), seed)
 
+    if size is not None and not (request.height and request.width):
+        job.notes.append(f"the input of {size[1]}x{size[0]} is made at {width}x{height}")
+    if clip is not None and num_frames < len(clip) < most_frames:
+        job.notes.append(f"of the clip's {len(clip)} frames at {fps:g} fps the first {num_frames} are taken")
+    if request.video is not None and request.strength == 1 and request.mask is None:
+        job.notes.append("strength 1 and no mask: only the size and length of the video are kept")
+    if first is not None:
+        check_memory({"the input": 12 * num_frames * height * width}, torch.device("cpu"))
     if clip is not None:
         job.frames = resize(clip[:num_frames], height, width)
     elif images or end_image is not None:
@@ -337,10 +394,6 @@ def prepare(models: Models, request: Request, fps: float = FPS) -> Job:
     if request.latents is not None and tuple(request.latents.shape) != shape:
         raise ValueError(f"latents of shape {tuple(request.latents.shape)} do not fit; expected {shape}")
     return job
-
-
-def _name(source: Picture | Clip) -> str:
-    return str(source) if isinstance(source, (str, Path)) else "the clip"
 
 
 def _default_sampler(models: Models) -> str:
@@ -373,45 +426,53 @@ def _known_frames(
 
 
 @torch.inference_mode()
-def encode_text(models: Models, t5: T5Encoder, request: Request) -> Tensor:
-    """The prompt, after the negative prompt if there is guidance: 1 or 2 L d."""
-    prompts = [request.prompt] if request.guidance_scale <= 1 else [request.negative_prompt, request.prompt]
-    return t5(models.tokenizer(prompts, models.transformer_config.max_text_seq_length))
+def encode_texts(models: Models, jobs: list[Job], progress: bool) -> None:
+    """Each job's prompt, after the negative prompt if there is guidance: 1 or 2 L d."""
+    length, texts = models.transformer_config.max_text_seq_length, {}
+    with models.use("text_encoder", "text") as t5:
+        for job in _bar(jobs, "text", progress):
+            request = job.request
+            prompts = [request.negative_prompt] * (request.guidance_scale > 1) + [request.prompt]
+            if (key := tuple(prompts)) not in texts:
+                texts[key] = t5(models.tokenizer(prompts, length))
+            job.text = texts[key]
 
 
 @torch.inference_mode()
-def encode_inputs(
-    models: Models, vae: VideoVAE | None, job: Job, randn: Callable
-) -> tuple[Tensor | None, Tensor | None]:
-    """(condition 1 c f' h' w', scaled latents of the clip to start from), either None where there is none."""
-    kind, request, scale_shape = (
-        models.kind,
-        job.request,
-        job.latent_shape(models.transformer_config.out_channels),
-    )
-    pixels = None if job.frames is None else to_pixels(job.frames)[None].to(models.device)  # 1 3 f h w
-    condition = init = None
-    if kind == "inpaint":
+def encode_inputs(models: Models, jobs: list[Job], draws: list[Callable], progress: bool) -> None:
+    """What each job's model is told beside the text, and the clip's latents if sampling starts from them."""
+    needs_vae = any(job.frames is not None for job in jobs)
+    with models.use("vae", "encode") if needs_vae else contextlib.nullcontext() as vae:
+        for job, randn in zip(_bar(jobs, "encode", progress), draws):
+            pixels = (
+                None if job.frames is None else to_pixels(job.frames)[None].to(models.device)
+            )  # 1 3 f h w
+            job.condition = encode_condition(models, vae, job, pixels, randn)
+            if job.request.strength < 1 and job.request.latents is None:
+                mean, logvar = vae.moments(pixels)
+                job.start = vae.posterior(mean, logvar, randn(tuple(mean.shape)))
+
+
+def encode_condition(
+    models: Models, vae: VideoVAE | None, job: Job, pixels: Tensor | None, randn: Callable
+) -> Tensor | None:
+    """What joins the noisy latents on the channel axis, 1 c f' h' w'; None for a text model."""
+    config, request = models.transformer_config, job.request
+    shape = job.latent_shape(config.out_channels)
+    if models.kind == "inpaint":
         if pixels is None or job.mask is None:  # nothing is known
-            condition = torch.zeros(1, scale_shape[1] + 1, *scale_shape[2:])
-        else:
-            known = pixels
-            if models.transformer_config.add_noise_in_inpaint_model and request.noise_aug_strength > 0:
-                noise = request.noise_aug_strength * randn(tuple(pixels.shape)).to(pixels)
-                known = torch.where(pixels == -1, pixels, pixels + noise)  # not on black, as in the reference
-            condition = inpaint_condition(vae, known, job.mask[None, None].to(pixels))
-    elif kind == "control":
-        condition = vae.encode(pixels)
-    elif kind == "image":  # a sample of the posterior, as diffusers does; later frames are zero
+            return torch.zeros(1, shape[1] + 1, *shape[2:])
+        if config.add_noise_in_inpaint_model and request.noise_aug_strength > 0:
+            noise = request.noise_aug_strength * randn(tuple(pixels.shape)).to(pixels)
+            pixels = torch.where(pixels == -1, pixels, pixels + noise)  # not on black, as in the reference
+        return inpaint_condition(vae, pixels, job.mask[None, None].to(pixels))
+    if models.kind == "control":
+        return vae.encode(pixels)
+    if models.kind == "image":  # a sample of the posterior, as diffusers does; later frames are zero
         mean, logvar = vae.moments(pixels[:, :, :1])
         first = vae.posterior(mean, logvar, randn(tuple(mean.shape)))
-        condition = torch.cat(
-            [first, first.new_zeros(*scale_shape[:2], scale_shape[2] - 1, *scale_shape[3:])], dim=2
-        )
-    if request.strength < 1 and request.latents is None:
-        mean, logvar = vae.moments(pixels)
-        init = vae.posterior(mean, logvar, randn(tuple(mean.shape)))
-    return condition, init
+        return torch.cat([first, first.new_zeros(*shape[:2], shape[2] - 1, *shape[3:])], dim=2)
+    return None
 
 
 @torch.inference_mode()
@@ -420,65 +481,48 @@ def denoise(models: Models, dit: VideoTransformer, job: Job, randn: Callable, pr
 
     raises ValueError at the step where the latents stop being finite
     """
-    request = job.request
+    request, dtype = job.request, models.dtype
     schedule = Schedule(models.schedule.config, snr_shift=job.sampler in SNR_SHIFTED)
     timesteps = schedule.timesteps(request.num_steps)
     timesteps = timesteps[len(timesteps) - int(request.num_steps * request.strength) :]
-    x = job.start  # still the clip's latents where strength < 1
-    if request.latents is not None:
-        x = request.latents
-    else:
-        noise = randn(job.latent_shape(models.transformer_config.out_channels)).to(
-            models.device, torch.float32
-        )
-        x = noise if x is None else schedule.add_noise(x.float(), noise, timesteps[:1])
+    x = request.latents
+    if x is None:
+        x = randn(job.latent_shape(models.transformer_config.out_channels)).to(models.device, torch.float32)
+        if job.start is not None:
+            x = schedule.add_noise(job.start.float(), x, timesteps[:1])
     x = x.to(models.device, torch.float32)
-    text = dit.project_text(job.text.to(models.device, models.dtype))
-    condition = None if job.condition is None else job.condition.to(models.device, models.dtype)
-    num_tokens = math.prod(x.shape[2:]) // 4
-    together = (
-        num_tokens <= 1024
-    )  # small: one forward of batch 2 keeps the processor busy. Large: two save memory
+    text = dit.project_text(job.text.to(models.device, dtype))
+    condition = None if job.condition is None else job.condition.to(models.device, dtype)
+    is_small = math.prod(x.shape[2:]) // 4 <= 1024  # one forward of batch 2 is quicker; else two save memory
 
     def velocity(x: Tensor, t: int) -> Tensor:
         scale = guidance_at(
             t, request.guidance_scale, len(timesteps), request.dynamic_guidance, request.guidance_interval
         )
-        texts = text if scale != 1 else text[-1:]
-        parts = [
-            dit(
-                x.to(models.dtype).expand(len(part), -1, -1, -1, -1),
-                t,
-                part,
-                None if condition is None else condition.expand(len(part), -1, -1, -1, -1),
-                text_projected=True,
+        x, outputs = x.to(dtype), []
+        for part in (text if scale != 1 else text[-1:]).split(2 if is_small else 1):
+            noisy, extra = (
+                None if c is None else c.expand(len(part), -1, -1, -1, -1) for c in (x, condition)
             )
-            for part in texts.split(2 if together else 1)
-        ]
-        out = torch.cat(parts)
-        return guide(*out.split(1), scale) if len(out) == 2 else out.float()
+            outputs += dit(noisy, t, part, extra, text_projected=True).split(1)
+        return guide(*outputs, scale) if len(outputs) == 2 else outputs[0].float()
 
     steps = SAMPLERS[job.sampler](
         velocity, x, schedule, timesteps, lambda: randn(tuple(x.shape)).to(x), request.num_steps
     )
-    for i, x in enumerate(tqdm(steps, "denoise", len(timesteps), disable=not progress, leave=False)):
+    for i, x in enumerate(_bar(steps, "denoise", progress, total=len(timesteps))):
         if not torch.isfinite(x).all():
-            other = "bfloat16 or float32" if models.dtype == torch.float16 else "float32"
+            other = "bfloat16 or float32" if dtype == torch.float16 else "float32"
             raise ValueError(f"the latents stopped being finite at step {i + 1} (timestep {timesteps[i]}) in "
-                             f"{str(models.dtype)[6:]}; try dtype {other}")  # fmt: skip
+                             f"{str(dtype)[6:]}; try dtype {other}, or other weights")  # fmt: skip
     return x
 
 
 def make_latents(models: Models, jobs: list[Job], progress: bool = False) -> Iterator[Tensor]:
     """The clean latents of each job in turn; every network is loaded once for all of them."""
     draws = [job.request.randn or _seeded_randn(job.seed) for job in jobs]
-    with models.use("text_encoder", "text") as t5:
-        for job in tqdm(jobs, "text", disable=not progress, leave=False):
-            job.text = encode_text(models, t5, job.request)
-    needs_vae = any(job.frames is not None for job in jobs)
-    with models.use("vae", "encode") if needs_vae else contextlib.nullcontext() as vae:
-        for job, randn in zip(tqdm(jobs, "encode", disable=not progress, leave=False), draws):
-            job.condition, job.start = encode_inputs(models, vae, job, randn)
+    encode_texts(models, jobs, progress)
+    encode_inputs(models, jobs, draws, progress)
     with models.use("transformer", "denoise") as dit:
         for job, randn in zip(jobs, draws):
             yield denoise(models, dit, job, randn, progress)
@@ -490,12 +534,23 @@ def _seeded_randn(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
     return lambda shape: torch.randn(shape, generator=generator)
 
 
+def _bar(items, stage: str, progress: bool, **settings) -> tqdm:
+    """Steps and seconds left of a stage, at a terminal only: in a file the bars would pile up."""
+    return tqdm(items, stage, disable=None if progress else True, leave=False, **settings)
+
+
 def make_frames(models: Models, latents: Tensor, progress: bool = False) -> Iterator[np.ndarray]:
-    """Decode latents 1 16 f' h' w' into chunks of uint8 f h w 3, as they become ready."""
+    """Decode latents 1 16 f' h' w' into chunks of uint8 f h w 3, as they become ready.
+
+    raises ValueError if the pixels are not finite
+    """
     first_alone = models.kind in ("inpaint", "control")  # else diffusers' chunks
-    bar = tqdm(desc="decode", unit="frame", total=4 * latents.shape[2] - 3, disable=not progress, leave=False)
+    bar = _bar(None, "decode", progress, unit="frame", total=4 * latents.shape[2] - 3)
     with models.use("vae", "decode") as vae, bar:
         for pixels in vae.decode_stream(latents, first_alone=first_alone):
+            if not torch.isfinite(pixels).all():
+                raise ValueError(f"the decoded frames are not finite in {str(models.dtype)[6:]}; decode the "
+                                 "saved latents with dtype float32, or use other weights")  # fmt: skip
             bar.update(pixels.shape[2])
             yield to_uint8(pixels[0])
 
@@ -516,7 +571,7 @@ def generate(models: Models, prompt: str, output: str = "frames", progress: bool
     return latents if output == "latents" else np.concatenate(list(make_frames(models, latents, progress)))
 
 
-# ---------------------------------------------------------------- what it says before it starts
+# ---------------------------------------------------------------- memory, and what is said before the start
 
 
 def free_bytes(device: torch.device) -> int:
@@ -530,60 +585,51 @@ def free_bytes(device: torch.device) -> int:
         return 0
 
 
-def estimate_bytes(models: Models, job: Job) -> dict[str, int]:
-    """Peak memory of each stage, weights and activations, for one job. Rough: measured within a third."""
-    size = models.dtype.itemsize
-    dit, vae = models.transformer_config, models.vae_config
-    counts = {
-        name: count_parameters(models.model_dir, name) for name in ("text_encoder", "vae", "transformer")
-    }
-    tokens = dit.max_text_seq_length + math.prod(job.latent_shape(1)[2:]) // 4
+def check_memory(needs: dict[str, int], device: torch.device) -> None:
+    """Stop before the system stops us: ValueError where a need, in bytes, is far beyond what is free."""
+    name, need, free = max(needs, key=needs.get), max(needs.values()) / 2**30, free_bytes(device) / 2**30
+    if free and need > 1.5 * free:
+        raise ValueError(f"{name} needs about {need:.3g} GiB of memory and {free:.3g} are free; "
+                         "try a smaller height, width or num_frames, or dtype bfloat16")  # fmt: skip
+
+
+def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
+    """Peak memory of each stage, weights and activations, for latents b c f' h' w'. Rough: see below."""
+    size, dit = models.dtype.itemsize, models.transformer_config
+    height, width = 8 * latents[3], 8 * latents[4]
+    tokens = dit.max_text_seq_length + math.prod(latents[2:]) // 4 // (dit.patch_size_t or 1)
     # At full resolution the widest block holds 8 frames in, 10 padded, 8 out, and two frames per convolution.
-    vae_activations = 35 * vae.block_out_channels[1] * job.height * job.width * size
+    vae_activations = 35 * models.vae_config.block_out_channels[1] * height * width * size
+    weights = {name: count * size for name, count in models.num_parameters.items()}
     return {
-        "text": 2
-        * size
-        * counts["text_encoder"]
-        // (1 if models.keep else 12),  # streamed: a layer at a time
-        "encode": counts["vae"] * size + vae_activations * 2 // 3,
-        "denoise": counts["transformer"] * size + 16 * tokens * dit.dim * size,
-        "decode": counts["vae"] * size + vae_activations,
+        "text": weights["text_encoder"] // (1 if models.keep else 6),  # streamed: a layer at a time
+        "encode": weights["vae"] + vae_activations * 2 // 3,
+        "denoise": weights["transformer"] + 16 * tokens * dit.dim * size,
+        "decode": weights["vae"] + vae_activations,
     }
 
 
-def count_parameters(model_dir: Path, name: str) -> int:
-    """Parameters of a component, from the headers of its weight files."""
-    files, total = weight_files(component_dir(model_dir, name)), 0
-    for path in sorted(set(files.values())):
-        with open_safetensors(path) as weights:
-            total += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())
-    return total
-
-
-def describe(models: Models, jobs: list[Job]) -> str:
+def describe(models: Models, jobs: list[Job], needs: dict[str, int]) -> str:
     """The block printed at the start: model, sizes, tokens, and memory of each stage against what is free."""
-    job, config = jobs[0], models.transformer_config
+    job, config, request = jobs[0], models.transformer_config, jobs[0].request
     latents = job.latent_shape(config.out_channels)
     tokens = math.prod(latents[2:]) // 4 // (config.patch_size_t or 1)
-    needs = {stage: need / 2**30 for stage, need in estimate_bytes(models, job).items()}
-    free = free_bytes(models.device) / 2**30
-    request = job.request
+    free, stage = free_bytes(models.device), max(needs, key=needs.get)
     steps = f"{int(request.num_steps * request.strength)} of " if request.strength < 1 else ""
-    billions = count_parameters(models.model_dir, "transformer") / 1e9
     lines = [
-        f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, {billions:.3g} B weights",
+        f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, "
+        f"{models.num_parameters['transformer'] / 1e9:.3g} B parameters",
         f"video    {job.width}x{job.height}, {job.num_frames} frames -> {latents[2]} latent frames "
         f"-> {tokens} tokens" + (f", {len(jobs)} of them" if len(jobs) > 1 else ""),
         f"sampler  {job.sampler}, {steps}{request.num_steps} steps, guidance {request.guidance_scale:g}",
         f"device   {models.device}, {str(models.dtype)[6:]}",
-        "memory   about " + ", ".join(f"{stage} {need:.1f}" for stage, need in needs.items())
-        + (f" GiB; {free:.1f} free" if free else " GiB"),
+        "memory   about " + ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
+        + " GiB" + (f"; {free / 2**30:.1f} free" if free else ""),
+        *(f"note     {note}" for note in job.notes),
     ]  # fmt: skip
-    lines += [f"note     {note}" for note in dict.fromkeys(note for job in jobs for note in job.notes)]
-    if free and max(needs.values()) > free:
-        stage = max(needs, key=needs.get)
+    if free and needs[stage] > free:
         lines.append(
-            f"warning  {stage} may need more memory than is free; try a smaller size or --dtype bfloat16"
+            f"warning  {stage} may need more memory than is free; a smaller size or dtype needs less"
         )
     return "\n".join(lines)
 
@@ -591,36 +637,35 @@ def describe(models: Models, jobs: list[Job]) -> str:
 # ---------------------------------------------------------------- results on disk
 
 
-def save_latents(path: Path, latents: Tensor, record: dict) -> None:
-    """Latents with the record of their making, written before decoding starts: a kill then loses nothing."""
-    with atomic_write(path) as temporary:
-        save_file({"latents": latents.cpu().contiguous()}, temporary, {"record": json.dumps(record)})
-
-
 def load_latents(path: Path) -> tuple[Tensor, dict]:
-    """What `save_latents` wrote; ValueError or OSError if it is something else."""
+    """Latents 1 c f' h' w' and the record of their making, as `sample` saves them.
+
+    raises ValueError or OSError if the file is anything else
+    """
     with open_safetensors(path) as file:
         if list(file.keys()) != ["latents"]:
             raise ValueError(f"{path} holds no latents of ours; give the .safetensors beside a video")
         latents, record = file.get_tensor("latents"), (file.metadata() or {}).get("record", "{}")
     try:
         record = json.loads(record)
-    except ValueError:
-        record = {}
-    if latents.dim() != 5 or not latents.is_floating_point() or not isinstance(record, dict):
+    except (ValueError, RecursionError):
+        record = None
+    if not (
+        latents.dim() == 5 and len(latents) == 1 and latents.is_floating_point() and isinstance(record, dict)
+    ):
         raise ValueError(f"{path} holds no latents of ours; give the .safetensors beside a video")
-    if not torch.isfinite(latents).all():
+    if not torch.isfinite(latents := latents.float()).all():
         raise ValueError(f"{path} holds latents that are not finite; sample again, with --dtype float32")
     return latents, record
 
 
-def make_record(models: Models, job: Job) -> dict:
+def make_record(models: Models, job: Job, fps: float) -> dict:
     """Everything needed to make a video again, for JSON: the request, what was decided for it, versions."""
-    request = {f.name: getattr(job.request, f.name) for f in dataclasses.fields(Request)}
+    asked = {f.name: getattr(job.request, f.name) for f in dataclasses.fields(Request)}
     decided = {name: getattr(job, name) for name in ("height", "width", "num_frames", "sampler", "seed")}
-    skip = ("latents", "randn")
     return {
-        **{name: value for name, value in {**request, **decided}.items() if name not in skip},
+        **{name: value for name, value in (asked | decided).items() if name not in ("latents", "randn")},
+        "fps": fps,
         "model": str(models.model_dir),
         "kind": models.kind,
         "dtype": str(models.dtype)[6:],
@@ -633,126 +678,113 @@ def make_record(models: Models, job: Job) -> dict:
     }
 
 
-def output_paths(out: str | None, count: int, suffix: str) -> list[Path]:
-    """Where `count` results go: the file asked for, or new numbered files in a folder (default: outputs).
+def check_out(target: Path) -> None:
+    """ValueError or OSError for an ending or a place that cannot be written; leaves no trace."""
+    is_file = target.suffix and not target.is_dir()
+    if is_file and target.suffix.lower() not in (".mp4", ".gif", ".png"):
+        raise ValueError(f"--out {target}: files end in .mp4, .gif or .png; a folder has no ending")
+    absolute = os.fsencode(target.absolute())
+    if len(absolute) > 3000 or max(map(len, absolute.split(b"/"))) > 200:  # leaves room for endings
+        raise ValueError(f"--out {target}: the name is too long; choose a shorter one")
+    folder = target.parent if is_file else target
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        reason = error.strerror
+        raise OSError(
+            f"--out {target}: cannot write in {existing} ({reason}); choose another place"
+        ) from None
 
-    raises ValueError for an ending we cannot write, OSError for a place we cannot write to
-    """
-    target = Path(out or "outputs")
+
+def output_path(target: Path, i: int, count: int, suffix: str) -> Path:
+    """Where the i-th of `count` results goes: the file asked for, or the next number in the folder."""
     if target.suffix and not target.is_dir():
-        if target.suffix.lower() not in (".mp4", ".gif", ".png"):
-            raise ValueError(f"--out {target}: files end in .mp4, .gif or .png; a folder has no ending")
-        paths = [target] if count == 1 else [target.with_stem(f"{target.stem}-{i + 1}") for i in range(count)]
-    else:
-        taken = (
-            [int(p.stem) for p in target.glob("*") if p.stem.isascii() and p.stem.isdigit()]
-            if target.is_dir()
-            else []
-        )
-        first = max(taken, default=0) + 1
-        paths = [target / f"{first + i:04d}{suffix}" for i in range(count)]
-    folder = paths[0].parent
-    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OSError(f"--out {target}: cannot write in {existing}; choose another place")
-    return paths
+        return target if count == 1 else target.with_stem(f"{target.stem}-{i + 1}")
+    taken = [int(path.stem) for path in target.glob("[0-9]*.*") if re.fullmatch("[0-9]+", path.stem)]
+    return target / f"{max(taken, default=0) + 1:04d}{suffix}"
 
 
 # ---------------------------------------------------------------- command line
+
+
+DTYPES = ["float32", "bfloat16", "float16"]
+HUB_FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "*/config.json"]
+HUB_WEIGHTS = [f"{name}/*.safetensors*" for name in ("text_encoder", "vae", "transformer")]
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}; see --help\n")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; names and defaults are those of `Request`."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Request)}
-    parser = Parser(
-        prog="sample.py",
-        description="Make videos from prompts, pictures and clips with CogVideoX and CogVideoX-Fun.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("prompt", nargs="*", help="what to show; several prompts make several videos")
-    add(
-        "--model",
-        default=str(TINY),
-        help="checkpoint folder, or a hub id such as alibaba-pai/CogVideoX-Fun-V1.1-2b-InP",
-    )
-    add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    add("--image", nargs="+", metavar="PICTURE", help="start picture; several are the first frames")
-    add("--end-image", metavar="PICTURE", help="last frame")
-    add("--video", metavar="CLIP", help="clip to change (with --strength) or to fill in (with --mask)")
-    add("--mask", metavar="PICTURE|CLIP", help="white, from 240 up, is made anew; the rest is kept")
-    add("--control-video", metavar="CLIP", help="poses, edges or depth for a control model")
-    add("--strength", type=float, default=1.0, help="how much of --video is made anew, in (0, 1]")
-    add(
-        "--height", type=int, help="multiple of 16; default the model's own, or near it at the input's aspect"
-    )
-    add("--width", type=int, help="multiple of 16")
-    add("--num-frames", type=int, help="4k+1; 1 makes a picture; default the model's own, or the clip's")
-    add("--num-steps", type=int, default=defaults["num_steps"], help="network evaluations")
-    add(
-        "--guidance-scale",
-        type=float,
-        default=defaults["guidance_scale"],
-        help="pull towards the prompt; 1: none",
-    )
-    add(
-        "--dynamic-guidance",
-        action="store_true",
-        default=False,
-        help="vary it over the steps, as the reference can",
-    )
-    interval = {"type": int, "nargs": 2, "metavar": ("LOW", "HIGH"), "default": defaults["guidance_interval"]}
-    add("--guidance-interval", **interval, help="timesteps to guide, 999 the noisiest")
-    add(
-        "--noise-aug-strength",
-        type=float,
-        default=defaults["noise_aug_strength"],
-        help="noise on given pictures",
-    )
-    add("--sampler", choices=list(SAMPLERS), help="default: the model's")
-    add(
-        "--seed",
-        type=int,
-        nargs="+",
-        help="one or several; the same seed gives the same video; default: drawn",
-    )
-    add("--num-videos", type=int, default=1, help="videos per prompt, with seeds counted up from --seed")
-    add("--fps", type=float, default=FPS, help="rate clips are read at and videos are written at")
-    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
-    add("--device", help="such as cuda, cuda:1, mps, cpu; default: the best there is")
-    add(
-        "--out",
-        metavar="FILE|FOLDER",
-        help=".mp4, .gif, .png (a strip of frames), or a folder; default outputs/NNNN",
-    )
-    add("--from-latents", metavar="FILE", help="only decode latents saved by an earlier run")
-    add("--quiet", action="store_true", default=False, help="print nothing but errors")
-    args = parser.parse_args(argv)
-    if bool(args.prompt) == hasattr(args, "from_latents"):
-        parser.error("give a prompt, or --from-latents FILE without one")
-    if not 1 <= args.num_videos <= 10_000:
-        parser.error(f"--num-videos {args.num_videos} is outside 1 … 10000")
-    if args.num_videos > 1 and len(getattr(args, "seed", [0])) > 1:
+def one_line(message: str) -> str:
+    return " ".join(message.split())[:1000]
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; names and defaults are those of `Request`. `given` are the flags that were there."""
+    description = "Make videos from prompts, pictures and clips with CogVideoX and CogVideoX-Fun."
+    parser = Parser(prog="sample.py", description=description, allow_abbrev=False)
+
+    def add(flag: str, text: str, **settings) -> None:
+        default = settings.setdefault("default", getattr(Request, flag.strip("-").replace("-", "_"), None))
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        parser.add_argument(flag, help=text + (f" (default {shown})" if shown else ""), **settings)
+
+    add("prompt", "what to show; several prompts make several videos", nargs="*")
+    hub_id = "alibaba-pai/CogVideoX-Fun-V1.1-2b-InP"
+    add("--model", f"checkpoint folder, or a hub id such as {hub_id}", default=str(TINY))
+    add("--negative-prompt", "what to steer away from", metavar="TEXT")
+    add("--image", "start picture; several are the first frames", nargs="+", metavar="PICTURE")
+    add("--end-image", "last frame", metavar="PICTURE")
+    add("--video", "clip to change (with --strength) or to fill in (with --mask)", metavar="CLIP")
+    add("--mask", "white, from 240 up, is made anew; the rest is kept", metavar="PICTURE|CLIP")
+    add("--control-video", "poses, edges or depth for a control model", metavar="CLIP")
+    add("--strength", "how much of --video is made anew, in (0, 1]", type=float)
+    add("--height", "multiple of 16; default: the model's own, or near it at the input's aspect", type=int)
+    add("--width", "multiple of 16; default: as for --height", type=int)
+    add("--num-frames", "4k+1; 1 makes a picture; default: the model's own, or the clip's", type=int)
+    add("--num-steps", "network evaluations", type=int)
+    add("--guidance-scale", "pull towards the prompt; 1: none", type=float)
+    add("--dynamic-guidance", "vary it over the steps, as the reference can", action="store_true")
+    add("--guidance-interval", "timesteps to guide, 999 the noisiest", type=int, nargs=2)
+    add("--noise-aug-strength", "noise on given pictures", type=float)
+    add("--sampler", "default: the model's", choices=list(SAMPLERS))
+    add("--seed", "one or several; a seed makes the same video again; default: drawn", type=int, nargs="+")
+    add("--num-videos", "videos per prompt, with seeds counted up from --seed", type=int, default=1)
+    add("--fps", "rate clips are read at and videos are written at", type=float, default=FPS)
+    add("--dtype", "default: bfloat16 on a GPU, else float32", choices=DTYPES)
+    add("--device", "such as cuda, cuda:1, mps, cpu; default: the best there is")
+    add("--out", ".mp4, .gif, .png (a strip of frames), or a folder for NNNN.mp4", default="outputs")
+    add("--from-latents", "only decode latents saved by an earlier run", metavar="FILE")
+    add("--quiet", "print nothing but errors", action="store_true")
+
+    if nul := [arg for arg in argv if "\0" in arg]:
+        parser.error(f"{nul[0]!r} holds a NUL character; leave it out")
+    defaults = vars(parser.parse_args([]))
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
+    args.given = {name for name, value in vars(args).items() if value not in (None, [])}
+    for name in defaults.keys() - args.given:
+        setattr(args, name, defaults[name])
+
+    if bool(args.prompt) == bool(args.from_latents):
+        parser.error("give a prompt (before --image and --seed), or --from-latents FILE without one")
+    extra = args.given - {"from_latents", "model", "dtype", "device", "fps", "out", "quiet"}
+    if args.from_latents and extra:
+        parser.error(
+            f"--from-latents only decodes; {', '.join(sorted(extra))} cannot change what was sampled"
+        )
+    seeds = args.seed or [None]
+    if args.num_videos != 1 and len(seeds) > 1:
         parser.error("--num-videos counts up from one --seed; give one seed, or the seeds alone")
-    if any(not 0 <= seed < 2**63 for seed in getattr(args, "seed", [])):
-        parser.error(f"--seed {args.seed} should be between 0 and 2^63 - 1")
+    if not 1 <= args.num_videos * len(args.prompt or "1") * len(seeds) <= 1000:
+        parser.error(f"--num-videos {args.num_videos} is outside 1 … 1000 for all prompts and seeds together")
     if not 0.1 <= args.fps <= 1000:
         parser.error(f"--fps {args.fps} is outside 0.1 … 1000; the models are trained at {FPS}")
     return args
-
-
-DTYPES = ["float32", "bfloat16", "float16"]
-HUB_FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "*/config.json"]
-HUB_WEIGHTS = [f"{name}/*.safetensors*" for name in ("text_encoder", "vae", "transformer")]
 
 
 def find_model(name: str) -> Path:
@@ -769,10 +801,9 @@ def find_model(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES + HUB_WEIGHTS))
     except Exception as error:  # requests, HTTP, cache and validation errors share no base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(
-            f"--model {name}: no such folder here, and the hub did not deliver it ({reason:.200})"
-        ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"--model {name}: no such folder here, and the hub did not deliver it ({reason:.200}); "
+                      "give a folder, or try again with a network")  from None  # fmt: skip
 
 
 def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
@@ -781,47 +812,56 @@ def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, to
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.ones(1, device=device).item()  # not on "meta", which computes nothing
+    except Exception:  # each kind of device fails in its own way
         raise ValueError(f"--device {name} is not available here; try cpu") from None
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} should be one of {', '.join(DTYPES)}")
-    if device.type == "meta":
-        raise ValueError("--device meta computes nothing; try cpu")
     return device, getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def make_jobs(models: Models, args: argparse.Namespace) -> list[Job]:
-    """A job for every prompt and seed."""
-    names = {f.name for f in dataclasses.fields(Request)} - {"prompt", "seed"}
-    settings = {name: value for name, value in vars(args).items() if name in names}
-    settings["guidance_interval"] = tuple(args.guidance_interval)
-    if "num_frames" in settings:
-        frames = settings["num_frames"]
-        check_num_frames(models.transformer_config, frames)
-        if (legal := legal_num_frames(models.transformer_config, frames)) != frames:
-            raise ValueError(f"num_frames={frames} is an odd number of latent frames, which this model takes "
-                             f"in pairs; try {legal} (or {legal + 8})")  # fmt: skip
-    seeds = getattr(args, "seed", [None])
-    if args.num_videos > 1:
-        first = int.from_bytes(os.urandom(4)) if seeds[0] is None else seeds[0]
-        seeds = [first + i for i in range(args.num_videos)]
-    requests = [Request(prompt, seed=seed, **settings) for prompt in args.prompt for seed in seeds]
-    return [prepare(models, request, args.fps) for request in requests]
+    """A job for every prompt and seed; files are read once for all of them."""
+    config, num_frames = models.transformer_config, args.num_frames
+    if num_frames is not None:
+        check_num_frames(config, num_frames)
+        if (legal := legal_num_frames(config, num_frames)) != num_frames:
+            raise ValueError(f"num_frames={num_frames} is an odd number of latent frames, which this model "
+                             f"takes in pairs; try {legal} (or {legal + 8})")  # fmt: skip
+    seeds = args.seed or [int.from_bytes(os.urandom(4))]
+    seeds = [seed + i for seed in seeds for i in range(args.num_videos)]
+    names = [f.name for f in dataclasses.fields(Request) if hasattr(args, f.name)]
+    settings = {name: getattr(args, name) for name in names} | {
+        "guidance_interval": tuple(args.guidance_interval)
+    }
+    requests = [
+        Request(**settings | {"prompt": prompt, "seed": seed}) for prompt in args.prompt for seed in seeds
+    ]
+    for request in requests:
+        request.check(config)
+    job = prepare(models, requests[0], args.fps)
+    return [replace(job, request=request, seed=request.seed) for request in requests]
 
 
 def sample(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
-    """Prepare and sample every job: (path of the video, latents, record) of each, the latents saved."""
-    device, dtype = choose_device(vars(args).get("device"), vars(args).get("dtype"))
+    """Prepare and sample every job: (path of the video, latents, record) of each, the latents saved.
+
+    They are saved before decoding starts, so that a kill then loses nothing.
+    """
+    device, dtype = choose_device(args.device, args.dtype)
     models = load_models(find_model(args.model), dtype, device)
     jobs = make_jobs(models, args)
-    suffix = ".png" if all(job.num_frames == 1 for job in jobs) else ".mp4"
-    paths = output_paths(vars(args).get("out"), len(jobs), suffix)
-    say(describe(models, jobs))
-    results = []
-    for path, job, latents in zip(paths, jobs, make_latents(models, jobs, progress=not args.quiet)):
-        record = make_record(models, job) | {"fps": args.fps}
-        save_latents(path.with_suffix(".safetensors"), latents, record)
+    target = Path(args.out)
+    check_out(target)
+    needs = estimate_bytes(models, jobs[0].latent_shape(models.vae_config.latent_channels))
+    check_memory(needs, device)
+    say(describe(models, jobs, needs))
+    results, suffix = [], ".png" if jobs[0].num_frames == 1 else ".mp4"
+    for i, latents in enumerate(make_latents(models, jobs, progress=not args.quiet)):
+        record = make_record(models, jobs[i], args.fps)
+        path = output_path(target, i, len(jobs), suffix)
+        tensors = {"latents": latents.cpu().contiguous()}
+        save_tensors(tensors, path.with_suffix(".safetensors"), {"record": json.dumps(record)})
         results.append((path, latents, record))
     return models, results
 
@@ -829,18 +869,30 @@ def sample(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tuple[
 def reopen(args: argparse.Namespace) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
     """What `sample` returns, from saved latents; with the model, dtype and fps of then, unless given."""
     latents, record = load_latents(Path(args.from_latents))
-    for name, default in (("model", str(TINY)), ("fps", FPS), ("dtype", None)):
-        if vars(args).get(name, default) == default and isinstance(record.get(name), type(default or "")):
+    for name, kind in (("model", str), ("fps", float), ("dtype", str)):
+        if name not in args.given and isinstance(record.get(name), kind):
             setattr(args, name, record[name])
-    device, dtype = choose_device(vars(args).get("device"), vars(args).get("dtype"))
+    if not 0.1 <= args.fps <= 1000:
+        raise ValueError(f"{args.from_latents} was made at {args.fps} fps; give --fps {FPS}")
+    device, dtype = choose_device(args.device, args.dtype)
     models = load_models(find_model(args.model), dtype, device)
-    return models, [(output_paths(vars(args).get("out"), 1, ".mp4")[0], latents, record)]
+    if latents.shape[1] != models.vae_config.latent_channels or 0 in latents.shape:
+        raise ValueError(f"{args.from_latents} holds latents of shape {tuple(latents.shape)}, which the VAE "
+                         f"of {args.model} cannot decode; give the --model they are of")  # fmt: skip
+    check_out(Path(args.out))
+    check_memory({"decoding": estimate_bytes(models, latents.shape)["decode"]}, device)
+    suffix = ".png" if latents.shape[2] == 1 else ".mp4"
+    return models, [(output_path(Path(args.out), 0, 1, suffix), latents, record)]
 
 
 def run(args: argparse.Namespace) -> None:
     """Sample or reopen latents, then decode and write each video, and the record of its making beside it."""
-    say = (lambda *_: None) if args.quiet else print
-    models, results = reopen(args) if "from_latents" in args else sample(args, say)
+
+    def say(text: object) -> None:
+        if not args.quiet:
+            print(str(text).encode(errors="backslashreplace").decode())  # names of files may be no Unicode
+
+    models, results = reopen(args) if args.from_latents else sample(args, say)
     for path, latents, record in results:
         write_video(make_frames(models, latents, progress=not args.quiet), path, args.fps)
         with atomic_write(path.with_suffix(".json")) as temporary:
@@ -851,19 +903,24 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 if all went well, 2 with one line on stderr if not."""
-    args = parse(argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
-        run(args)
+        with warnings.catch_warnings(action="ignore"):  # of libraries: no help to someone at a terminal
+            run(args)
         return 0
     except (ValueError, OSError) as error:
         message = str(error)
+        if isinstance(error, OSError) and error.errno is not None:
+            message = (
+                f"{error.filename or 'a file'}: {error.strerror}; is the path right, and may it be used?"
+            )
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "alloc" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "alloc" not in str(error).lower():
             raise  # a mistake of ours, and its traceback is wanted
         message = "out of memory; try a smaller --height, --width or --num-frames, or --dtype bfloat16"
     except KeyboardInterrupt:
         message = "interrupted"
-    print(f"sample.py: error: {message}", file=sys.stderr)
+    print(f"sample.py: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 
