@@ -579,7 +579,7 @@ def choose_bucket(record: Record, plan: Plan, generator: torch.Generator) -> Buc
 
 
 def epoch_batches(records: list[Record], plan: Plan, seed: int, epoch: int) -> list[Batch]:
-    """One epoch: every record once, in batches of one shape, the batches in random order.
+    """One epoch: every record once, in random order, in batches of one shape that follow their first samples.
 
     Cheap shapes come in larger batches; the last batch of a bucket may be smaller.
     """
@@ -595,7 +595,7 @@ def epoch_batches(records: list[Record], plan: Plan, seed: int, epoch: int) -> l
     for bucket, indices in members.items():
         size = max(1, plan.batch_tokens // bucket.tokens)
         batches += [Batch(bucket, indices[i : i + size]) for i in range(0, len(indices), size)]
-    return sorted(batches, key=lambda batch: lot(batch.indices[0], "batch order"))
+    return sorted(batches, key=lambda batch: lot(batch.indices[0], "order"))
 
 
 def bucket_table(batches: list[Batch]) -> str:
