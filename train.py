@@ -587,9 +587,15 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
         text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 24, **names})
         (out / "tokenizer" / "tokenizer_config.json").write_text(text + "\n")
 
+    def make_vae() -> None:
+        vae = VideoVAE(config.vae)
+        # A sharp posterior to start with: at a standard deviation of one the decoder would see only noise.
+        vae.encoder.conv_out.conv.bias.data[config.vae.latent_channels :] = -6
+        vae.save_pretrained(out)
+
     make = {
         "transformer": lambda: VideoTransformer(config.dit).save_pretrained(out),
-        "vae": lambda: VideoVAE(config.vae).save_pretrained(out),
+        "vae": make_vae,
         "text_encoder": lambda: T5Encoder(config.t5).save_pretrained(out),
         "tokenizer": make_tokenizer,
         "scheduler": lambda: Schedule().save_pretrained(out),
@@ -1129,6 +1135,22 @@ def make_config(args: argparse.Namespace) -> Config:
     config = PRESETS[args.preset][args.train]
     names = {field.name for field in dataclasses.fields(Config)} - {"phases", "train"}
     config = replace(config, **{k: v for k, v in vars(args).items() if k in names and v is not None})
+    positive = {
+        name: getattr(config, name)
+        for name in ("batch_size", "draws_per_clip", "max_frames", "fps", "num_shapes")
+    }
+    positive |= {
+        name: getattr(args, name)
+        for name in ("save_every", "val_every", "preview_every", "keep", "num_val", "num_workers")
+    }
+    positive |= {
+        "num_steps": 1 if args.num_steps is None else args.num_steps,
+        "grad_accum": 1 if args.grad_accum is None else args.grad_accum,
+        "max_tokens": 1 if args.max_tokens is None else args.max_tokens,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} should be at least 1")
     phases = list(config.phases)
     if args.phase_steps:
         if len(args.phase_steps) > len(phases):
@@ -1151,22 +1173,6 @@ def make_config(args: argparse.Namespace) -> Config:
         phases[i] = phase
     if not 1 <= args.phase <= len(phases):
         raise ValueError(f"--phase {args.phase} is not among the {len(phases)} phases of {args.preset}")
-    positive = {
-        name: getattr(config, name)
-        for name in ("batch_size", "draws_per_clip", "max_frames", "fps", "num_shapes")
-    }
-    positive |= {
-        name: getattr(args, name)
-        for name in ("save_every", "val_every", "preview_every", "keep", "num_val", "num_workers")
-    }
-    positive |= {
-        "num_steps": args.num_steps or 1,
-        "grad_accum": args.grad_accum or 1,
-        "max_tokens": phases[0].max_tokens,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} should be at least 1")
     if config.max_frames % 4 != 1:
         raise ValueError(
             f"--num-frames {config.max_frames}; the VAE needs 4k+1, try {config.max_frames // 4 * 4 + 1}"
