@@ -131,10 +131,10 @@ class GroupStatistics(torch.autograd.Function):
         scale = 2 * variance_grad / n
         shift = mean_grad / n - scale * mean
         scale, shift = (
-            s.repeat_interleave(x.shape[1] // num_groups, dim=1)[:, :, None, None, None].to(x.dtype)
+            s.repeat_interleave(x.shape[1] // num_groups, dim=1)[:, :, None, None, None]
             for s in (scale, shift)
         )  # b c 1 1 1
-        return torch.addcmul(shift, x, scale), None
+        return modulate(x, scale, shift), None
 
 
 def group_norm_affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,17 +169,51 @@ class SpatialNorm(nn.Module):
 
 
 def _per_latent(x: Tensor, grid: torch.Size) -> Tensor:
-    """View b c f h w as b c f' kf h' kh w' kw: each pixel beside the latent (f' h' w') it belongs to."""
-    return x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
+    """View b c f h w as b c f' kf h' kh w: each row of pixels beside the latents (f' h') it belongs to."""
+    return x.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
+
+
+def _in_rows(latents: Tensor, x: Tensor) -> Tensor:
+    """b c f' h' w' in x's dtype, repeated along w alone, to go with `_per_latent(x)`: b c f' 1 h' 1 w.
+
+    Rows that lie in memory as x's do make one long loop of what would be many loops over a few channels."""
+    rows = latents.to(x.dtype).permute(0, 2, 3, 4, 1)  # b f' h' w' c
+    rows = rows.unsqueeze(4).expand(-1, -1, -1, -1, x.shape[4] // latents.shape[4], -1)
+    return rows.flatten(3, 4).contiguous().permute(0, 4, 1, 2, 3)[:, :, :, None, :, None]
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """x * scale + shift, where scale and shift b c f' h' w' are repeated up to x's b c f h w, in one pass."""
-    scale, shift = (s.to(x.dtype)[:, :, :, None, :, None, :, None] for s in (scale, shift))
-    grid = scale.shape[2:8:2]
+    grid = scale.shape[2:]
     if out is not None:
         out = _per_latent(out, grid)
-    return torch.addcmul(shift, _per_latent(x, grid), scale, out=out).reshape(x.shape)
+    rows = torch.addcmul(_in_rows(shift, x), _per_latent(x, grid), _in_rows(scale, x), out=out)
+    return rows.reshape(x.shape)
+
+
+class ModulateSiLU(torch.autograd.Function):
+    """silu(modulate(x, scale, shift)) that keeps its inputs alone; the sums per latent are a pooling."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, shift)
+        return F.silu(modulate(x, scale, shift), inplace=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale, shift = ctx.saved_tensors
+        grad = torch.ops.aten.silu_backward(grad, modulate(x, scale, shift))
+        x_grad = (_per_latent(grad, scale.shape[2:]) * _in_rows(scale, x)).reshape(x.shape)
+        scale_grad, shift_grad = (_sum_per_latent(g, scale.shape) for g in (grad * x, grad))
+        return x_grad, scale_grad.to(scale.dtype), shift_grad.to(shift.dtype)
+
+
+def _sum_per_latent(x: Tensor, shape: torch.Size) -> Tensor:
+    """b c f h w -> b c f' h' w' = shape, in fp32: each latent's pixels added up."""
+    b, c, f, h, w = shape
+    kernel = (x.shape[3] // h, x.shape[4] // w)
+    frames = F.avg_pool2d(x.transpose(1, 2).flatten(0, 1), kernel).float() * (kernel[0] * kernel[1])
+    return frames.unflatten(0, (b, f, -1)).sum(2).transpose(1, 2)
 
 
 def norm_silu(x: Tensor, affine: tuple[Tensor, Tensor], past: Tensor | None) -> Tensor:
@@ -198,7 +232,7 @@ def norm_silu(x: Tensor, affine: tuple[Tensor, Tensor], past: Tensor | None) -> 
             (slice(1, None), slice(1, None)),
         ]  # (frames of x, frames of the latents)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        parts = [F.silu(modulate(x[:, :, fs], scale[:, :, zs], shift[:, :, zs])) for fs, zs in spans]
+        parts = [ModulateSiLU.apply(x[:, :, fs], scale[:, :, zs], shift[:, :, zs]) for fs, zs in spans]
         return torch.cat([parts[0][:, :, :1]] * 2 + parts if past is None else [past, *parts], dim=2)
     b, c, f, h, w = x.shape
     out = x.new_empty(b, f + 2, h, w, c).permute(0, 4, 1, 2, 3)  # channels-last: frames stay contiguous
