@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import types
 import typing
@@ -45,7 +46,7 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or nested beyond all reason
         raise ValueError(f"{path} is not readable JSON ({error}); download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object; download it again")
+        raise ValueError(f"{path} holds {type(content).__name__}, not a JSON object; download it again")
     return content
 
 
@@ -65,7 +66,7 @@ def _fits(value: object, hint: object) -> bool:
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return _fits(value, int) or isinstance(value, float) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -108,6 +109,30 @@ def write_config(config, path: Path, **overrides) -> None:
     del content["extra"]
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(dict(sorted(content.items())), indent=2) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- folders
+
+
+HUB_FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "*/config.json"]
+HUB_WEIGHTS = [f"{name}/*.safetensors*" for name in ("text_encoder", "vae", "transformer")]
+
+
+def find_model(name: str | Path) -> Path:
+    """A local folder as it is; else a hub id, fetched with only the files we read."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        raise FileNotFoundError(f"--model {name}: no such folder, and a hub id looks like owner/name")
+    from huggingface_hub import snapshot_download  # slow to import, and a local folder never needs it
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES + HUB_WEIGHTS))
+    except Exception as error:  # requests, HTTP, cache and validation errors share no base class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"--model {name}: no such folder here, and the hub did not deliver it ({reason:.200}); "
+                      "give a folder, or try again with a network")  from None  # fmt: skip
 
 
 # ---------------------------------------------------------------- weights in

@@ -46,6 +46,7 @@ from checkpoint import (
     build,
     check_weights,
     component_dir,
+    find_model,
     open_safetensors,
     read_config,
     save_tensors,
@@ -53,7 +54,16 @@ from checkpoint import (
 from data import read_image, read_mask, read_video, resize, to_pixels, to_uint8, write_video
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
 from text_encoder import ALIASES, T5Config, T5Encoder, Tokenizer
-from transformer import TransformerConfig, VideoTransformer
+from transformer import (
+    TransformerConfig,
+    VideoTransformer,
+    check_num_frames,
+    check_side,
+    choose_size,
+    legal_num_frames,
+    model_kind,
+    native_size,
+)
 from vae import VAEConfig, VideoVAE, inpaint_condition
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
@@ -66,28 +76,12 @@ Clip = str | Path | np.ndarray  # an array is uint8 f h w 3, at the model's fram
 # ---------------------------------------------------------------- models, loaded in turn
 
 
-def model_kind(config: TransformerConfig) -> str:
-    """text, inpaint, control or image: what a transformer was trained to be told beside the noisy latents."""
-    extra = config.in_channels - config.out_channels
-    if extra == 0:
-        return "text"
-    if extra == config.out_channels + 1:
-        return "inpaint"
-    if extra == config.out_channels:
-        return "image" if config.use_learned_positional_embeddings else "control"
-    raise ValueError(f"in_channels = {config.in_channels} is no kind of model we know; 16, 32 and 33 are")
-
-
 class Models:
     """The networks of a checkpoint folder, each in memory only while it is in use (unless keep)."""
 
     def __init__(self, model_dir: str | Path, dtype: torch.dtype, device: str | torch.device, keep: bool):
-        self.model_dir, self.dtype, self.device, self.keep = (
-            Path(model_dir),
-            dtype,
-            torch.device(device),
-            keep,
-        )
+        self.model_dir, self.dtype, self.keep = Path(model_dir), dtype, keep
+        self.device = torch.device(device)
         config_file = component_dir(model_dir, "transformer") / "config.json"
         self.transformer_config = read_config(TransformerConfig, config_file)
         self.vae_config = read_config(VAEConfig, component_dir(model_dir, "vae") / "config.json")
@@ -194,29 +188,24 @@ class Request:
 
     def check(self, config: TransformerConfig) -> None:
         """Stop, in one sentence, at what cannot be done or contradicts itself; reads no file."""
-        kind = model_kind(config)
+        kind, pictures = model_kind(config), ("image", "end_image", "video", "mask", "control_video")
         name = f"a {config.in_channels}-channel {kind} model"
+        given = {flag for flag in pictures if getattr(self, flag) is not None}
         takes = {
             "text": {"video"},
             "inpaint": {"image", "end_image", "video", "mask"},
             "control": {"control_video"},
             "image": {"image"},
         }[kind]
-        for flag in ("image", "end_image", "video", "mask", "control_video"):
-            if getattr(self, flag) is not None and flag not in takes:
-                raise ValueError(f"{name} takes no {flag}; {_advice(flag)}")
-        if kind in ("control", "image") and getattr(self, needed := next(iter(takes))) is None:
-            raise ValueError(f"{name} needs {'an' if needed == 'image' else 'a'} {needed}")
-        if self.video is not None and (self.image is not None or self.end_image is not None):
+        for flag in (flag for flag in pictures if flag in given - takes):
+            other = "32-channel control" if flag == "control_video" else "33-channel inpaint (…-InP)"
+            raise ValueError(f"{name} takes no {flag}; a {other} model does")
+        if kind in ("control", "image") and not given:
+            raise ValueError(f"{name} needs {'an image' if kind == 'image' else 'a control_video'}")
+        if "video" in given and given & {"image", "end_image"}:
             raise ValueError("image and video contradict each other; a video brings its own frames")
-        if (
-            self.mask is not None
-            and self.video is None
-            and (self.image is None or self.end_image is not None)
-        ):
-            raise ValueError(
-                "mask says where to change a video or a single image; give one of them, no end_image"
-            )
+        if "mask" in given and not ("video" in given or given == {"image", "mask"}):
+            raise ValueError("mask says where to change a video or a single image; give one, no end_image")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength={self.strength} is outside (0, 1]; 0.8 changes much, 0.5 less, 1 all")
         if self.strength < 1 and self.video is None:
@@ -232,9 +221,7 @@ class Request:
                 raise ValueError(f"{flag}={value} is outside {least} … {most}; {advice}")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 999:
-            raise ValueError(
-                f"guidance_interval={low} {high} should be two timesteps in 0 … 999, lower first"
-            )
+            raise ValueError(f"guidance_interval={low} {high} is not two timesteps in 0 … 999, lower first")
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ValueError(f"sampler={self.sampler!r} is unknown; choose from {', '.join(SAMPLERS)}")
         if int(self.num_steps * self.strength) < 1:
@@ -245,78 +232,6 @@ class Request:
                 check_side(config, flag, getattr(self, flag))
         if self.num_frames is not None:
             check_num_frames(config, self.num_frames)
-
-
-def _advice(flag: str) -> str:
-    return {
-        "control_video": "a control model of 32 channels does",
-        "video": "an inpaint model of 33 channels does",
-    }.get(flag, "an inpaint model of 33 channels (…-InP) does")
-
-
-def check_side(config: TransformerConfig, name: str, size: int) -> None:
-    """ValueError unless a height or width (the name) is a multiple of 16 that the model's positions hold."""
-    native = 8 * getattr(config, f"sample_{name}")
-    most = native // 16 * 16 if config.patch_size_t else 16384  # RoPE goes on; here we stop
-    if not 16 <= size <= most or size % 16:
-        nearest = min(max(round(size / 16) * 16, 16), most)
-        raise ValueError(f"{name}={size}; sizes are multiples of 16 up to {most}, try {nearest}")
-    if config.use_learned_positional_embeddings and size != native:
-        raise ValueError(f"{name}={size}; this model's learned positions only fit {name}={native}")
-
-
-def check_num_frames(config: TransformerConfig, num_frames: int) -> None:
-    """ValueError unless num_frames is 4k+1 and within the model's positions."""
-    if num_frames < 1 or num_frames % 4 != 1:
-        up = max(num_frames - 1, 0) // 4 * 4 + 5
-        raise ValueError(f"num_frames={num_frames}; the VAE needs 4k+1, try {up} (or {max(up - 4, 1)})")
-    if num_frames > max_num_frames(config):
-        raise ValueError(f"num_frames={num_frames} is more than this model's positions hold; "
-                         f"the most is {max_num_frames(config)}")  # fmt: skip
-
-
-def max_num_frames(config: TransformerConfig) -> int:
-    """Interpolated positions end with their table. RoPE goes on; we stop counting at 16385 frames."""
-    if config.use_rotary_positional_embeddings or model_kind(config) == "text":
-        return 16385
-    return (config.sample_frames - 1) // 4 * 4 + 1
-
-
-def legal_num_frames(config: TransformerConfig, num_frames: int) -> int:
-    """The largest number of frames the model can make that is not above num_frames.
-
-    V1.5 patches latent frames in pairs: an odd number above one loses four frames, as in the reference.
-    """
-    latent_frames = (min(num_frames, max_num_frames(config)) - 1) // 4 + 1
-    if config.patch_size_t and latent_frames > 1:
-        latent_frames -= latent_frames % config.patch_size_t
-    return 4 * (latent_frames - 1) + 1
-
-
-def native_size(config: TransformerConfig) -> tuple[int, int, int]:
-    """(height, width, frames) a model is made for; V1.5 says 300×300 latents but lives at 480×720 pixels."""
-    height, width = 8 * config.sample_height, 8 * config.sample_width
-    num_frames = (config.sample_frames - 1) // 4 * 4 + 1
-    if config.patch_size_t:
-        height, width, num_frames = min(480, height), min(720, width), 85
-    return height // 16 * 16, width // 16 * 16, num_frames
-
-
-def choose_size(
-    config: TransformerConfig, height: int | None, width: int | None, source: tuple[int, int] | None
-) -> tuple[int, int]:
-    """Height and width: as asked; else the native area at the source's aspect, in multiples of 16."""
-    native_height, native_width, _ = native_size(config)
-    if source is None or config.use_learned_positional_embeddings:  # learned positions fit one size only
-        return height or native_height, width or native_width
-    aspect = source[0] / source[1]
-    exact = height or (width * aspect if width else math.sqrt(native_height * native_width * aspect))
-    limits = (8 * config.sample_height, 8 * config.sample_width) if config.patch_size_t else (16384, 16384)
-
-    def legal(size: float, limit: int) -> int:
-        return min(max(round(size / 16), 1), limit // 16) * 16
-
-    return height or legal(exact, limits[0]), width or legal(exact / aspect, limits[1])
 
 
 # ---------------------------------------------------------------- one job: everything read and decided
@@ -444,9 +359,9 @@ def encode_inputs(models: Models, jobs: list[Job], draws: list[Callable], progre
     needs_vae = any(job.frames is not None for job in jobs)
     with models.use("vae", "encode") if needs_vae else contextlib.nullcontext() as vae:
         for job, randn in zip(_bar(jobs, "encode", progress), draws):
-            pixels = (
-                None if job.frames is None else to_pixels(job.frames)[None].to(models.device)
-            )  # 1 3 f h w
+            pixels = None  # 1 3 f h w
+            if job.frames is not None:
+                pixels = to_pixels(job.frames)[None].to(models.device)
             job.condition = encode_condition(models, vae, job, pixels, randn)
             if job.request.strength < 1 and job.request.latents is None:
                 mean, logvar = vae.moments(pixels)
@@ -493,14 +408,14 @@ def denoise(models: Models, dit: VideoTransformer, job: Job, randn: Callable, pr
     x = x.to(models.device, torch.float32)
     text = dit.project_text(job.text.to(models.device, dtype))
     condition = None if job.condition is None else job.condition.to(models.device, dtype)
-    is_small = math.prod(x.shape[2:]) // 4 <= 1024  # one forward of batch 2 is quicker; else two save memory
+    together = math.prod(x.shape[2:]) // 4 <= SMALL_TOKENS  # larger ones save memory one by one
 
     def velocity(x: Tensor, t: int) -> Tensor:
         scale = guidance_at(
             t, request.guidance_scale, len(timesteps), request.dynamic_guidance, request.guidance_interval
         )
         x, outputs = x.to(dtype), []
-        for part in (text if scale != 1 else text[-1:]).split(2 if is_small else 1):
+        for part in (text if scale != 1 else text[-1:]).split(2 if together else 1):
             noisy, extra = (
                 None if c is None else c.expand(len(part), -1, -1, -1, -1) for c in (x, condition)
             )
@@ -594,33 +509,41 @@ def check_memory(needs: dict[str, int], device: torch.device) -> None:
 
 
 def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
-    """Peak memory of each stage, weights and activations, for latents b c f' h' w'. Rough: see below."""
+    """Peak memory of each stage, weights and activations, for latents b c f' h' w'.
+
+    The factors are measured on a CPU, 2B and official VAE widths, 128x128 and 192x192, fp32 and bf16: within
+    a tenth there (transformer: a third).
+    """
     size, dit = models.dtype.itemsize, models.transformer_config
-    height, width = 8 * latents[3], 8 * latents[4]
-    tokens = dit.max_text_seq_length + math.prod(latents[2:]) // 4 // (dit.patch_size_t or 1)
-    # At full resolution the widest block holds 8 frames in, 10 padded, 8 out, and two frames per convolution.
-    vae_activations = 35 * models.vae_config.block_out_channels[1] * height * width * size
+    tokens = num_tokens(dit, latents)
+    passes = 2 if tokens <= SMALL_TOKENS else 1
+    # The decoder's widest layers hold some 50 pictures of full size: chunks of 8 frames, and copies of them.
+    pictures = models.vae_config.block_out_channels[1] * 64 * latents[3] * latents[4] * size
     weights = {name: count * size for name, count in models.num_parameters.items()}
     return {
-        "text": weights["text_encoder"] // (1 if models.keep else 6),  # streamed: a layer at a time
-        "encode": weights["vae"] + vae_activations * 2 // 3,
-        "denoise": weights["transformer"] + 16 * tokens * dit.dim * size,
-        "decode": weights["vae"] + vae_activations,
+        "text": weights["text_encoder"] // (1 if models.keep else 14),  # streamed: a layer at a time
+        "encode": weights["vae"] + 31 * pictures,
+        "denoise": weights["transformer"] + 23 * passes * (dit.max_text_seq_length + tokens) * dit.dim * size,
+        "decode": weights["vae"] + 52 * pictures,
     }
+
+
+def num_tokens(config: TransformerConfig, latents: tuple[int, ...]) -> int:
+    """Video tokens of latents b c f' h' w'; V1.5 pads a single frame to a pair."""
+    return math.ceil(latents[2] / (config.patch_size_t or 1)) * (latents[3] // 2) * (latents[4] // 2)
 
 
 def describe(models: Models, jobs: list[Job], needs: dict[str, int]) -> str:
     """The block printed at the start: model, sizes, tokens, and memory of each stage against what is free."""
     job, config, request = jobs[0], models.transformer_config, jobs[0].request
     latents = job.latent_shape(config.out_channels)
-    tokens = math.prod(latents[2:]) // 4 // (config.patch_size_t or 1)
     free, stage = free_bytes(models.device), max(needs, key=needs.get)
     steps = f"{int(request.num_steps * request.strength)} of " if request.strength < 1 else ""
     lines = [
         f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, "
         f"{models.num_parameters['transformer'] / 1e9:.3g} B parameters",
         f"video    {job.width}x{job.height}, {job.num_frames} frames -> {latents[2]} latent frames "
-        f"-> {tokens} tokens" + (f", {len(jobs)} of them" if len(jobs) > 1 else ""),
+        f"-> {num_tokens(config, latents)} tokens" + (f", {len(jobs)} of them" if len(jobs) > 1 else ""),
         f"sampler  {job.sampler}, {steps}{request.num_steps} steps, guidance {request.guidance_scale:g}",
         f"device   {models.device}, {str(models.dtype)[6:]}",
         "memory   about " + ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
@@ -709,8 +632,6 @@ def output_path(target: Path, i: int, count: int, suffix: str) -> Path:
 
 
 DTYPES = ["float32", "bfloat16", "float16"]
-HUB_FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "*/config.json"]
-HUB_WEIGHTS = [f"{name}/*.safetensors*" for name in ("text_encoder", "vae", "transformer")]
 
 
 class Parser(argparse.ArgumentParser):
@@ -785,25 +706,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not 0.1 <= args.fps <= 1000:
         parser.error(f"--fps {args.fps} is outside 0.1 … 1000; the models are trained at {FPS}")
     return args
-
-
-def find_model(name: str) -> Path:
-    """A local folder as it is; else a hub id, fetched with only the files we read."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if name == str(TINY) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise FileNotFoundError(
-            f"--model {name}: there is no such folder, and a hub id looks like owner/name"
-        )
-    from huggingface_hub import snapshot_download  # slow to import, and a local folder never needs it
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES + HUB_WEIGHTS))
-    except Exception as error:  # requests, HTTP, cache and validation errors share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"--model {name}: no such folder here, and the hub did not deliver it ({reason:.200}); "
-                      "give a folder, or try again with a network")  from None  # fmt: skip
 
 
 def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:

@@ -14,6 +14,7 @@ CogVideoX-Fun cogvideox/models/transformer3d.py. Attributes carry the checkpoint
 b batch · f frames · h w height, width · c channels · n video tokens · L text tokens · d model width
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -410,6 +411,93 @@ def position_rule(config: TransformerConfig) -> str | None:
     if config.use_rotary_positional_embeddings:
         return None
     return "interpolate" if config.in_channels != config.out_channels else "regenerate"
+
+
+# ---------------------------------------------------------------- what a model can be asked for
+
+
+def model_kind(config: TransformerConfig) -> str:
+    """text, inpaint, control or image: what a transformer was trained to be told beside the noisy latents."""
+    extra = config.in_channels - config.out_channels
+    if extra == 0:
+        return "text"
+    if extra == config.out_channels + 1:
+        return "inpaint"
+    if extra == config.out_channels:
+        return "image" if config.use_learned_positional_embeddings else "control"
+    raise ValueError(f"in_channels = {config.in_channels} is no kind of model we know; 16, 32 and 33 are")
+
+
+def largest_side(config: TransformerConfig, name: str) -> int:
+    """V1.5's positions end with its table; others stretch, and we stop at 16384."""
+    return 8 * getattr(config, f"sample_{name}") // 16 * 16 if config.patch_size_t else 16384
+
+
+def check_side(config: TransformerConfig, name: str, size: int) -> None:
+    """ValueError unless a height or width (the name) is a multiple of 16 that the model's positions hold."""
+    native = 8 * getattr(config, f"sample_{name}")
+    most = largest_side(config, name)
+    if not 16 <= size <= most or size % 16:
+        nearest = min(max(round(size / 16) * 16, 16), most)
+        raise ValueError(f"{name}={size}; sizes are multiples of 16 up to {most}, try {nearest}")
+    if config.use_learned_positional_embeddings and size != native:
+        raise ValueError(f"{name}={size}; this model's learned positions only fit {name}={native}")
+
+
+def check_num_frames(config: TransformerConfig, num_frames: int) -> None:
+    """ValueError unless num_frames is 4k+1 and within the model's positions."""
+    if num_frames < 1 or num_frames % 4 != 1:
+        up = max(num_frames - 1, 0) // 4 * 4 + 5
+        raise ValueError(f"num_frames={num_frames}; the VAE needs 4k+1, try {up} (or {max(up - 4, 1)})")
+    if num_frames > max_num_frames(config):
+        raise ValueError(f"num_frames={num_frames} is more than this model's positions hold; "
+                         f"the most is {max_num_frames(config)}")  # fmt: skip
+
+
+def max_num_frames(config: TransformerConfig) -> int:
+    """Interpolated positions end with their table. RoPE goes on; we stop counting at 16385 frames."""
+    if config.use_rotary_positional_embeddings or model_kind(config) == "text":
+        return 16385
+    return (config.sample_frames - 1) // 4 * 4 + 1
+
+
+def legal_num_frames(config: TransformerConfig, num_frames: int) -> int:
+    """The largest number of frames the model can make that is not above num_frames.
+
+    V1.5 patches latent frames in pairs: an odd number above one loses four frames, as in the reference.
+    """
+    latent_frames = (min(num_frames, max_num_frames(config)) - 1) // 4 + 1
+    if config.patch_size_t and latent_frames > 1:
+        latent_frames -= latent_frames % config.patch_size_t
+    return 4 * (latent_frames - 1) + 1
+
+
+def native_size(config: TransformerConfig) -> tuple[int, int, int]:
+    """(height, width, frames) a model is made for; V1.5 says 300×300 latents but lives at 480×720 pixels."""
+    height, width = 8 * config.sample_height, 8 * config.sample_width
+    num_frames = (config.sample_frames - 1) // 4 * 4 + 1
+    if config.patch_size_t:
+        height, width, num_frames = min(480, height), min(720, width), 85
+    return height // 16 * 16, width // 16 * 16, num_frames
+
+
+def choose_size(
+    config: TransformerConfig, height: int | None, width: int | None, source: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Height and width: as asked; else the native area at the source's aspect, in multiples of 16."""
+    native_height, native_width, _ = native_size(config)
+    if source is None or config.use_learned_positional_embeddings:  # learned positions fit one size only
+        return height or native_height, width or native_width
+    aspect = source[0] / source[1]
+    exact = height or (width * aspect if width else math.sqrt(native_height * native_width * aspect))
+
+    def legal(size: float, name: str) -> int:
+        return min(max(round(size / 16), 1) * 16, largest_side(config, name))
+
+    return height or legal(exact, "height"), width or legal(exact / aspect, "width")
+
+
+# ---------------------------------------------------------------- from one kind to another
 
 
 def grow_input_channels(dit: VideoTransformer, in_channels: int) -> None:
