@@ -1,0 +1,375 @@
+"""The README's tables, names, flags and commands, held against the code."""
+
+import ast
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDENS
+
+import sample
+import train
+from data import frames_for, random_mask, read_mask
+from diffusion import NUM_TIMESTEPS, SAMPLER_OF_CLASS, SAMPLERS, SNR_SHIFTED, Schedule
+from sample import Request, generate, load_models
+from transformer import (
+    TransformerConfig,
+    legal_num_frames,
+    max_num_frames,
+    model_kind,
+    native_size,
+    position_rule,
+)
+from vae import VideoVAE, decode_chunks, encode_chunks, inpaint_condition, resize_mask
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+
+
+def table(first_header: str) -> list[dict[str, str]]:
+    """The rows of the table whose header line begins so, as {header: cell}, without backticks."""
+    lines = README.replace("`", "").splitlines()
+    [start] = [i for i, line in enumerate(lines) if line.startswith(first_header)]
+    rows = []
+    for line in [lines[start], *lines[start + 2 :]]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def numbers(cell: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", cell)]
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+# ---------------------------------------------------------------- models
+
+EXAMPLE = {
+    "text": "cogvideox-2b-t2v",
+    "inpaint": "fun-5b-inp",
+    "control": "fun-2b-control",
+    "image": "cogvideox-5b-i2v",
+}
+
+
+@pytest.mark.parametrize("row", table("| kind |"), ids=lambda row: row["kind"])
+def test_kinds_of_models_are_as_the_table_says(row):
+    channels = numbers(row["in_channels"])[0]
+    learned = "use_learned_positional_embeddings" in row["in_channels"]
+    rope = {"use_rotary_positional_embeddings": learned, "use_learned_positional_embeddings": learned}
+    config = TransformerConfig(in_channels=channels, **rope)
+    assert model_kind(config) == row["kind"]
+    described = re.sub(r"frame \d", "", row["what the channels are, in order"])
+    assert sum(numbers(described)) == channels
+    takes = {name.strip() for name in row["takes besides a prompt"].split(",")}
+    for name in ("image", "end_image", "video", "mask", "control_video"):
+        request = Request("a cat", **{name: "x.png"})
+        try:
+            request.check(config)
+            refused = False
+        except ValueError as error:
+            refused = "takes no" in str(error)
+        assert refused == (name not in takes), name
+
+    models = load_models(GOLDENS / EXAMPLE[row["kind"]])
+    by_file = row["default sampler"] == "of scheduler_config.json"
+    wanted = models.schedule.default_sampler if by_file else row["default sampler"]
+    assert (
+        sample._default_sampler(models) == wanted != ("ddim" if by_file else models.schedule.default_sampler)
+    )
+
+
+@pytest.mark.parametrize("row", table("| kind |"), ids=lambda row: row["kind"])
+def test_kinds_of_models_decode_in_the_chunks_of_the_table(row, monkeypatch):
+    used = []
+
+    def decode_stream(self, latents, tiled=False, first_alone=True):
+        used.append((first_alone, tiled))
+        yield torch.zeros(1, 3, 1, 16, 16)
+
+    monkeypatch.setattr(VideoVAE, "decode_stream", decode_stream)
+    list(sample.make_frames(load_models(GOLDENS / EXAMPLE[row["kind"]]), torch.zeros(1, 16, 2, 2, 2)))
+    assert used == [(row["decode chunks"].startswith("1"), False)]
+
+
+def test_facts_of_the_models_are_as_the_table_says():
+    rows = table("| | CogVideoX-2B, Fun 2B |")
+    facts = {row[""]: list(row.values())[1:] for row in rows}
+    shapes = zip(facts["heads × width, layers"], facts["text tokens"], facts["latent frames in one token"])
+    for i, (shape, text, pair) in enumerate(shapes):
+        heads, width, layers = numbers(shape)
+        sizes = {"num_attention_heads": heads, "attention_head_dim": width, "num_layers": layers}
+        for name in facts["small copy in tests/goldens"][i].split(", "):
+            models = load_models(GOLDENS / name)
+            small = models.transformer_config
+            assert models.vae_config.scaling_factor == float(facts["latent scale scaling_factor"][i])
+            assert models.schedule.config.snr_shift_scale == float(
+                facts["snr_shift_scale, for the -cog samplers"][i]
+            )
+            assert (small.patch_size_t or 1) == int(pair)
+            positions = facts["positions"][i]
+            assert small.use_rotary_positional_embeddings == positions.startswith("RoPE")
+            assert small.use_learned_positional_embeddings == ("stored table" in positions)
+            rule = facts["off the native size"][i]
+            if positions.startswith("sincos"):
+                key = "Fun: native table stretched" if name.startswith("fun") else "plain: computed anew"
+                assert key in rule
+                assert position_rule(small) == ("interpolate" if "stretched" in key else "regenerate")
+            else:
+                assert position_rule(small) == ("regenerate" if "sincos computed anew" in rule else None)
+            real = TransformerConfig(
+                in_channels=small.in_channels,
+                use_rotary_positional_embeddings=small.use_rotary_positional_embeddings,
+                use_learned_positional_embeddings=small.use_learned_positional_embeddings,
+                **({"sample_height": 300, "sample_width": 300, "patch_size_t": 2} if int(pair) == 2 else {}),
+                **sizes,
+            )
+            assert native_size(real) == tuple(numbers(facts["native height × width × frames"][i]))
+            assert real.max_text_seq_length == int(text)
+            most = facts["most frames"][i]
+            limited = name.startswith("fun") and most.startswith("Fun")
+            assert max_num_frames(real) == (49 if limited else 16385)
+    default = TransformerConfig()
+    assert [default.num_attention_heads, default.attention_head_dim, default.num_layers] == [30, 64, 30]
+
+
+# ---------------------------------------------------------------- the mask
+
+
+def test_the_mask_means_at_each_stage_what_the_table_says(monkeypatch):
+    facts = {row["stage"]: (row["generate"], row["keep"]) for row in table("| stage | generate |")}
+    grey = torch.arange(256, dtype=torch.uint8).view(16, 16).numpy()
+    white = read_mask(grey, 1, 16, 16)[0].flatten()
+    for value, cell in zip((1, 0), facts["user's file, grey levels"]):
+        low, high = numbers(cell)
+        assert all(white[level] == value for level in range(low, high + 1))
+    assert facts["mask in memory, sampling and training"] == ("1", "0")
+    assert facts["argument of inpaint_condition"] == ("1", "0")
+    after_start = next(  # the kind that keeps the start is 0 there and 1 at the end
+        mask
+        for seed in range(99)
+        if not (mask := random_mask(torch.Generator().manual_seed(seed), 9, 16, 16))[0].any()
+        and mask[-1].all()
+    )
+    assert after_start[8].all()
+
+    seen = []
+    encode = VideoVAE.encode
+    monkeypatch.setattr(VideoVAE, "encode", lambda self, x, *rest: seen.append(x) or encode(self, x, *rest))
+    pixels, mask = torch.full((1, 3, 5, 16, 16), 0.25), torch.ones(1, 1, 5, 16, 16)
+    mask[..., 8:] = 0  # the right half is kept
+    for variant, title in (("fun-2b-inp", "2B"), ("fun-5b-inp", "5B")):
+        with torch.no_grad():
+            condition = inpaint_condition(VideoVAE.from_pretrained(GOLDENS / variant), pixels, mask)
+        channel = condition[0, 0, 0, 0]
+        for place, cell in zip((0, 1), facts[f"mask channel the network sees, {title}"]):
+            assert channel[place] == pytest.approx(float(cell))
+        assert (condition[0, 1:, :, :, 0] != 0).any()
+    assert facts["pixels the VAE encodes"] == ("-1 (black)", "the pixel")
+    assert (seen[0][..., :8] == -1).all() and (seen[0][..., 8:] == 0.25).all()
+    resized = resize_mask(1 - mask, (2, 2, 2))[0, 0, 0, 0].tolist()
+    assert resized == [float(cell) for cell in facts["mask channel before scaling"]]
+
+
+@pytest.mark.parametrize("row", table("| known frames |"), ids=lambda row: row["known frames"])
+def test_known_frames_read_in_the_latents_as_the_table_says(row):
+    known = torch.zeros(1, 1, 13, 8, 8)
+    low_high = numbers(row["known frames"])
+    frames = range(low_high[0], low_high[1] + 1) if "…" in row["known frames"] else low_high
+    known[:, :, list(frames)] = 1
+    assert resize_mask(known, (4, 1, 1)).flatten().tolist() == [float(row[f"latent {i}"]) for i in range(4)]
+
+
+# ---------------------------------------------------------------- frames
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return VideoVAE.from_pretrained(GOLDENS / "fun-2b-inp")
+
+
+@pytest.mark.parametrize("row", table("| frames |"), ids=lambda row: row["frames"])
+def test_frames_and_chunks_are_as_the_table_says(row, vae):
+    frames, latent_frames = int(row["frames"]), int(row["latent frames"])
+    assert encode_chunks(frames) == numbers(row["encode chunks"])
+    for kinds, first_alone in (("inpaint and control", True), ("text and image", False)):
+        assert decode_chunks(latent_frames, first_alone) == numbers(row[f"decode chunks, {kinds}"])
+        with torch.no_grad():
+            decoded = vae.decode(torch.zeros(1, 16, latent_frames, 2, 2), first_alone=first_alone)
+        assert decoded.shape[2] == int(row[f"frames decoded, {kinds}"])
+    with torch.no_grad():
+        assert vae.encode(torch.zeros(1, 3, frames, 16, 16)).shape[2] == latent_frames
+
+
+def test_v15_makes_the_frames_of_the_table():
+    config = TransformerConfig(
+        sample_height=300,
+        sample_width=300,
+        patch_size_t=2,
+        in_channels=33,
+        use_rotary_positional_embeddings=True,
+    )
+    [made] = table("| asked of V1.5 |")
+    counts = [(int(asked), int(cell)) for asked, cell in made.items() if asked.isdigit()]
+    assert len(counts) == 8 and all(legal_num_frames(config, asked) == cell for asked, cell in counts)
+
+
+def test_budgets_give_the_frames_of_the_table():
+    for row in table("| budget |"):
+        budget, *cells = row.items()
+        for size, cell in cells:
+            side = int(size.removesuffix("²"))
+            assert frames_for(int(budget[1]), side, side) == int(cell), (budget, size)
+
+
+# ---------------------------------------------------------------- samplers and defaults
+
+
+def test_samplers_are_as_the_table_says():
+    rows = table("| name |")
+    assert {row["name"] for row in rows} == set(SAMPLERS)
+    for row in rows:
+        name, x = row["name"], torch.ones(1, 16, 1, 2, 2)
+        assert SAMPLER_OF_CLASS[row["class in scheduler_config.json"]] == name
+        assert (row["alphas_cumprod"] == "SNR-shifted") == (name in SNR_SHIFTED)
+        schedule = Schedule(snr_shift=name in SNR_SHIFTED)
+        draws, timesteps = [], schedule.timesteps(7)
+
+        def randn(draws=draws, x=x):
+            draws.append(0)
+            return torch.zeros_like(x)
+
+        final = list(SAMPLERS[name](lambda x, t: 0.5 * x + 1, x, schedule, timesteps, randn))[-1]
+        assert len(draws) == 7 * int(row["draws a step"])
+        # The length of the uncut list sets the stride; steps to the next in the list do not see it.
+        other = list(SAMPLERS[name](lambda x, t: 0.5 * x + 1, x, schedule, timesteps, randn, 5))[-1]
+        assert (row["a step ends at"] == "next in the list") == torch.equal(final, other)
+        if row["a step ends at"] != "next in the list":
+            assert row["a step ends at"] == f"t - {NUM_TIMESTEPS}//num_steps"
+
+
+def test_defaults_are_as_the_table_says():
+    for row in table("| setting |"):
+        default = getattr(Request("a cat"), row["setting"])
+        shown = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default) or '""'
+        assert row["default"] == shown, row["setting"]
+
+
+# ---------------------------------------------------------------- names, flags, commands
+
+
+@functools.cache
+def names_in(path: Path) -> set[str]:
+    """Functions, classes, constants, and members of classes as Class.member."""
+    names = set()
+
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                names.add(prefix + child.name)
+                if isinstance(child, ast.ClassDef):
+                    visit(child, child.name + ".")
+            elif isinstance(child, (ast.Assign, ast.AnnAssign)):
+                targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+                names.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), "")
+    return names
+
+
+def test_places_in_the_code_exist():
+    """`file.py` `name`, `name`: each name is defined in that file."""
+    places = re.findall(r"`(\w+\.py)`((?:,? `[\w.]+`)+)", PROSE)
+    assert len(places) > 60
+    missing = [
+        f"{file} {name}"
+        for file, names in places
+        for name in re.findall(r"`([\w.]+)`", names)
+        if not name.endswith(".py") and name not in names_in(ROOT / file)
+    ]
+    assert not missing
+
+
+def test_every_file_and_name_in_backticks_exists():
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *GOLDENS.glob("*/*/*.json")]
+    words = set(re.findall(r"\w+", " ".join(path.read_text(encoding="utf-8") for path in sources)))
+    for text in re.findall(r"`([^`\n]+)`", PROSE):
+        if re.fullmatch(r"[\w/]+\.py|tests/\S+|LICENSE", text):
+            assert (ROOT / text).exists(), text
+        elif match := re.fullmatch(r"([A-Za-z_][\w.]*)(\(.*\))?", text):
+            assert set(match[1].split(".")) <= words, text
+
+
+def test_every_flag_is_in_the_help_of_its_program(capsys):
+    known = {}
+    for program in (sample, train):
+        with pytest.raises(SystemExit):
+            program.parse(["--help"])
+        known[f"{program.__name__}.py"] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    for line in README.splitlines():
+        for file, arguments in re.findall(r"python (\w+\.py)([^&`]*)", line):
+            if file in known:
+                assert set(re.findall(r"(?<!\S)--[a-z-]+", arguments)) <= known[file], line
+    in_prose = {
+        flag for text in re.findall(r"`([^`\n]+)`", PROSE) for flag in re.findall(r"^--[a-z-]+", text)
+    }
+    assert in_prose and in_prose <= known["sample.py"] | known["train.py"]
+
+
+def test_the_sampling_commands_of_the_readme_run(tmp_path, monkeypatch):
+    """All of them, one after the other in a new folder, in fewer steps; a hub id is not fetched."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    frames, write_video = {}, sample.write_video
+
+    def keep(chunks, path, fps):
+        frames[path.name] = np.concatenate(list(chunks))
+        write_video(frames[path.name], path, fps)
+
+    monkeypatch.setattr(sample, "write_video", keep)
+    variables, count = {}, 0
+    lines = [
+        part.strip()
+        for block in code_blocks("bash")
+        for line in block.splitlines()
+        for part in line.split("&&")
+    ]
+    for line in lines:
+        if match := re.match(r"([A-Z])=(\S+)", line):
+            variables[match[1]] = match[2]
+        words = [
+            re.sub(r"\$([A-Z])", lambda m: variables[m[1]], word) for word in shlex.split(line, comments=True)
+        ]
+        if words[:2] == ["python", "-c"]:
+            exec(words[2], {})
+        elif words[:2] == ["python", "sample.py"] and not any(
+            w.startswith(("alibaba-pai", "runs")) for w in words
+        ):
+            before = set(tmp_path.rglob("*.*"))
+            steps = [] if "--from-latents" in words else ["--num-steps", "2"]
+            assert sample.main([*words[2:], "--quiet", *steps]) == 0, line
+            assert len(set(tmp_path.rglob("*.*")) - before) >= 2, line  # a video and its record
+            count += 1
+    assert count >= 20
+    assert np.array_equal(frames["again.mp4"], frames["clip.mp4"])
+    assert len(frames["v15.mp4"]) == 21 and len(frames["picture.png"]) == 1
+
+
+def test_the_library_example_of_the_readme_runs(tmp_path, monkeypatch):
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    [example] = code_blocks("python")
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: generate(*a, **{**k, "num_steps": 2}))
+    names = {}
+    exec(example, names)
+    assert names["frames"].shape == (13, 32, 48, 3) and names["latents"].shape == (1, 16, 4, 4, 6)
+    assert (tmp_path / "library.mp4").exists()
