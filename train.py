@@ -1,19 +1,19 @@
 """Train the video VAE, or train and fine-tune the diffusion transformer: one loop for both.
 
-    epoch_batches ─deal──► global batch: a fixed list of micro-batches, each of one shape
-    micro-batch ──► pixels, captions, masks ──► losses of its samples ─sum ÷ samples of the global batch─► gradient
+    epoch_batches ─deal─► global batch: a fixed list of micro-batches, each of one shape
+    micro-batch ─► pixels, captions, masks ─► a loss for each sample ─sum ÷ samples of the step─► gradient
     gradient ─clip─► AdamW ─► weights ─lerp─► EMA ─► validation, previews, checkpoint
 
-    --train dit   pixels ─VAE─► latents ─noise at a drawn timestep─► noisy ─DiT─► velocity;  mean (velocity − target)²
+    --train dit   pixels ─VAE─► latents ─noise at a drawn timestep─► noisy ─DiT─► velocity;  MSE to its target
     --train vae   pixels ─encoder─► posterior ─sample─► decoder─► pixels;  reconstruction + a little KL
 
-Every draw is a function of (seed, epoch, sample index), see `data.rng`, and timesteps also of the sample's place in
-the global batch. So the state of a run is a few counters beside weights, moments and EMA: a run that is killed
-and resumed ends with the same bytes as one that is not.
+Every draw is a function of (seed, epoch, sample index), see `data.rng`; a timestep also of the sample's place
+in its global batch. So the state of a run is a few counters beside weights, moments and EMA, and a run that is
+killed and resumed ends with the same bytes as one that is not.
 
-    OUT/   transformer/ vae/ text_encoder/ tokenizer/ scheduler/ model_index.json   EMA weights: sample.py --model OUT
-           checkpoints/step-000200/   the same folders (hard links where nothing changed) and training/, for --resume
-           log.jsonl  loss.png  previews/
+    OUT/  transformer/ vae/ text_encoder/ …    a checkpoint of EMA weights: sample.py --model OUT
+          checkpoints/step-000200/             the same folders, and training/ for --resume
+          log.jsonl  loss.png  previews/
 
 The tiny preset does one thing more than the report it scales down: its small text encoder is trained together
 with the transformer in phase one, and frozen afterwards.
@@ -69,9 +69,15 @@ from data import (
     write_video,
 )
 from diffusion import NUM_TIMESTEPS, Schedule
-from sample import Parser, find_model, max_num_frames, model_kind
+from sample import Parser, find_model
 from text_encoder import T5Config, T5Encoder, Tokenizer
-from transformer import TransformerConfig, VideoTransformer, grow_input_channels
+from transformer import (
+    TransformerConfig,
+    VideoTransformer,
+    grow_input_channels,
+    max_num_frames,
+    model_kind,
+)
 from vae import VAEConfig, VideoVAE, inpaint_condition
 
 Key = tuple[int, int, int]  # (seed, epoch, sample index): what every draw is a function of
@@ -218,10 +224,10 @@ def normal(shape: Iterable[int], keys: list[Key], purpose: str, device: str | to
 
 
 def stratified_timesteps(keys: list[Key]) -> Tensor:
-    """One timestep for each sample of a global batch, every 1000/len(keys)-th part of 0 … 999 having one of them.
+    """One timestep for each sample of a global batch: 0 … 999 is cut into as many parts, and each part has one.
 
-    Each alone is uniform; together they cover all noise levels, so the loss of a step jumps less. Which sample
-    gets which part is shuffled, as neighbours share a shape.
+    Each alone is uniform; together they cover all noise levels, so the loss of a step jumps less. Which part a
+    sample gets is shuffled, as neighbours share a shape.
     """
     parts = torch.randperm(len(keys), generator=rng(*keys[0], "order of timesteps"))
     places = torch.stack(
@@ -260,9 +266,9 @@ def denoising_losses(
 def reconstruction_losses(pixels: Tensor, target: Tensor) -> Tensor:
     """|e| + e² + |∇e|/2 + colour, one number a sample, for e = pixels − target: twice b 3 f h w -> b.
 
-    The square finds small objects, which the absolute value alone would first leave out; the gradient (differences
-    of neighbouring pixels) sharpens edges. colour is the square of what e changes between the three channels,
-    counted up to five times where the target is colourful, since colour is else learnt late.
+    The square finds small objects, which the absolute value alone would first leave out; the gradient
+    (differences of neighbouring pixels) sharpens edges. colour is the square of what e changes between the
+    three channels, counted up to five times where the target is colourful, since colour is else learnt late.
     """
     error = pixels.float() - target.float()
     chroma = error - error.mean(1, keepdim=True)
@@ -314,7 +320,7 @@ class Denoising:
         )
 
     def begin(self, phase: Phase, held_out: list[tuple[Sample, list[Key]]]) -> dict[str, nn.Module]:
-        """What learns in a phase, by component; the held-out samples are encoded once, as the VAE is fixed."""
+        """What learns in a phase, by component; held-out samples are encoded once, as the VAE is fixed."""
         self.train_text = phase.train_text
         self.t5.to(torch.float32 if phase.train_text else self.dtype).requires_grad_(phase.train_text)
         self.held_out = [(batch.caption, *self.encode(batch, keys), keys) for batch, keys in held_out]
@@ -425,7 +431,7 @@ class Reconstruction:
     autocast = Denoising.autocast
 
     def losses(self, batch: Sample, keys: list[Key], timesteps: Tensor) -> Tensor:
-        """Reconstruction, decoded in Fun's chunks, + kl_weight · KL(posterior, normal) per latent number: b."""
+        """Reconstruction, decoded in Fun's chunks, + kl_weight · KL(posterior, normal) a latent number: b."""
         pixels = batch.pixels.to(self.device)
         with self.autocast():
             mean, logvar = (moment.float() for moment in self.vae.moments(pixels))
@@ -572,7 +578,7 @@ MODEL_INDEX = {
 
 
 def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch: bool) -> None:
-    """OUT as a complete checkpoint before the first step: the folders of --model, and what it lacks made anew.
+    """OUT as a complete checkpoint before the first step: the folders of --model, what it lacks made anew.
 
     from_scratch: make the component that is trained anew in any case
     raises ValueError if something is lacking for which the preset has no config
@@ -689,7 +695,7 @@ def shape_record(clip: shapes.Clip, name: str) -> Record:
 def open_data(args: argparse.Namespace, config: Config) -> tuple[list[Record], list[Record], dict[str, str]]:
     """(training records, held-out records, files that cannot be opened)
 
-    shapes: half of the clips square, a quarter each 2:3 and 3:2, one in ten a picture; held out is the rule's tenth.
+    shapes: half of the clips square, a quarter each 2:3 and 3:2, one in ten a picture; held out by its rule.
     Files: --val-data, or every tenth sample, at most --num-val.
     """
     if args.data == "shapes":
@@ -768,43 +774,40 @@ class Log:
 
 
 def draw_curve(log: Path, path: Path, width: int = 960, height: int = 480) -> None:
-    """The losses of a log over its steps, on a logarithmic scale: grey dots each step, blue their mean, red validation."""
+    """A log as a picture: each step's loss (dots) and its running mean (blue), on a logarithmic scale, and what
+    validation found (red): its loss on the same scale, or PSNR on one of its own."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
-    train = [(entry["step"], entry["loss"]) for entry in entries if entry.get("loss", 0) > 0]
-    val_key = "val_loss" if any("val_loss" in entry for entry in entries) else "psnr"
-    val = [(entry["step"], entry[val_key]) for entry in entries if entry.get(val_key, 0) > 0]
-    if len(train) < 2:
+    name = "psnr" if "psnr" in entries[-1] else "val_loss"
+    losses = [(entry["step"], math.log(entry["loss"])) for entry in entries if entry.get("loss", 0) > 0]
+    found = [(entry["step"], entry[name]) for entry in entries if entry.get(name, 0) > 0]
+    if len(losses) < 2 or not found:
         return
+    if name == "val_loss":
+        found = [(step, math.log(value)) for step, value in found]
+    means = list(itertools.accumulate((y for _, y in losses), lambda mean, y: mean + (y - mean) / 30))
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
-    last = train[-1][0]
-    values = [value for _, value in train] + [value for _, value in val if val_key == "val_loss"]
-    low, high = math.log(min(values)), math.log(max(values))
 
-    def place(step: float, value: float, low: float = low, high: float = high) -> tuple[float, float]:
-        up = (math.log(value) - low) / (high - low or 1)
-        return 60 + (width - 120) * step / last, height - 40 - (height - 80) * up
+    def places(
+        points: list[tuple[float, float]], scale: list[tuple[float, float]]
+    ) -> list[tuple[float, float]]:
+        low, high = min(y for _, y in scale), max(y for _, y in scale)
+        last = max(1, losses[-1][0])
+        return [
+            (70 + (width - 140) * x / last, height - 40 - (height - 80) * (y - low) / (high - low or 1))
+            for x, y in points
+        ]
 
-    smooth, mean = [], train[0][1]
-    for step, value in train:
-        mean += (value - mean) / min(50, len(smooth) + 1)
-        smooth.append((step, mean))
-        pen.point(place(step, value), "#999999")
-    pen.line([place(*point) for point in smooth], "#1f5fbf", 2)
-    if val and val_key == "psnr":  # decibels are a logarithm already; they get the right-hand scale
-        ends = min(v for _, v in val), max(v for _, v in val)
-        pen.text((width - 55, 30), f"{ends[1]:.1f} dB", "#bf1f1f")
-        pen.text((width - 55, height - 50), f"{ends[0]:.1f} dB", "#bf1f1f")
-        val = [(step, math.exp(value)) for step, value in val]
-        places = [place(*point, *ends) for point in val]
-    else:
-        places = [place(*point) for point in val]
-    pen.line(places, "#bf1f1f", 2)
+    scale = losses + (found if name == "val_loss" else [])
+    pen.point(places(losses, scale), "#999999")
+    pen.line(places([(x, mean) for (x, _), mean in zip(losses, means)], scale), "#1f5fbf", 2)
+    pen.line(places(found, scale if name == "val_loss" else found), "#bf1f1f", 2)
+    low, high = min(y for _, y in scale), max(y for _, y in scale)
     for i in range(5):
-        value = math.exp(low + (high - low) * i / 4)
-        pen.text((5, place(0, value)[1] - 6), f"{value:.4g}", "black")
-        pen.text((place(last * i / 4, 1, 0, 1)[0] - 10, height - 30), f"{last * i // 4}", "black")
-    pen.text((60, 5), f"loss (blue) and {val_key} on held-out samples (red) over {last} steps", "black")
+        y = low + (high - low) * i / 4
+        pen.text((5, places([(0, y)], scale)[0][1] - 6), f"{math.exp(y):.4g}", "black")
+    title = f"loss (blue); {name} on held-out samples (red), last {entries[-1].get(name, 0):.4g}"
+    pen.text((70, 10), f"{title}; {losses[-1][0]} steps", "black")
     with atomic_write(path) as temporary:
         picture.save(temporary)
 
@@ -831,9 +834,9 @@ def as_time(seconds: float) -> str:
 
 
 def accumulate(task, config: Config, micro_batches: list, loaded: Iterator) -> tuple[float, float]:
-    """Add the gradient of one global batch, the mean over its samples, to the weights: (loss, seconds waited).
+    """Leave the gradient of a global batch, the mean over its samples, at the weights: (loss, seconds waited).
 
-    raises ValueError that names the files of the first micro-batch whose loss is not finite
+    raises NotFinite at the first micro-batch whose loss is not finite
     """
     draws = config.draws_per_clip
     keys = [repeated(keys_of(config, epoch, batch), draws) for epoch, _, batch in micro_batches]
@@ -872,8 +875,8 @@ def one_step(
     except NotFinite as error:
         names = [records[index].name for batch in error.args[0] for index in batch.indices]
         raise ValueError(
-            f"step {counters.total_steps + 1}: the loss or its gradient is not finite; the weights are as before. "
-            f"Look at the files of its batch, or lower --lr: {', '.join(names)}"
+            f"step {counters.total_steps + 1}: the loss or its gradient is not finite; the weights are untouched. "
+            f"Lower --lr, or look at the files of this batch: {', '.join(names)}"
         ) from None
     learner.step(lr, counters.total_steps)
     epoch, position, _ = micro_batches[-1]
@@ -918,7 +921,7 @@ def describe(
     epoch_list = epoch_batches(records, plan, config.seed, epoch)
     print(
         f"training {sizes} parameters on {task.device} in {str(task.dtype)[6:]} -> {args.out}\n"
-        f"{len(records)} samples, {len(held_out)} held out; a step is {phase.global_batch // config.batch_size} "
+        f"{len(records)} samples; a step is {phase.global_batch // config.batch_size} "
         f"micro-batches of up to {plan.batch_tokens} video tokens, x {config.draws_per_clip} draws\n"
         f"{phase.num_steps} steps at resolutions {', '.join(map(str, phase.resolutions))}, up to "
         f"{phase.max_tokens} tokens and {plan.max_frames} frames; an epoch (the {epoch + 1}. here) has\n"
@@ -985,7 +988,7 @@ def train(args: argparse.Namespace, config: Config, signals: list[int]) -> int:
 
 
 def begin_phase(task, config: Config, phase: Phase, held_out: list, before: Learner | None) -> Learner:
-    """What learns in this phase, with moments and EMA of the one before; what learns no more is its EMA from now on."""
+    """What learns in this phase, with the moments and EMA of the last; what learns no more becomes its EMA."""
     if before:
         for name, average in before.ema.items():
             if name.startswith("text_encoder/") and not phase.train_text:
