@@ -1,0 +1,286 @@
+"""LoRA: unmerged equals merged, files of three formats, diffusers with peft gives the same velocity."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDENS, assert_close
+from safetensors.torch import load_file, save_file
+from test_transformer import TINY, random_inputs, random_model
+from torch import nn
+
+from lora import TARGETS, add_lora, load_lora, merge_lora, read_lora, save_lora
+from transformer import VideoTransformer
+
+# Velocities are of order 2, in float32 through two blocks: other orders of summation move them by 2e-6.
+TOLERANCE = 1e-5
+BLOCK = "transformer_blocks.1."
+
+
+@pytest.fixture
+def dit() -> VideoTransformer:
+    return random_model(TINY)
+
+
+def trained(dit: VideoTransformer, rank: int = 3, alpha: float = 1.5) -> VideoTransformer:
+    """A model with LoRA that has learnt something."""
+    for parameter in add_lora(dit, rank, alpha):
+        nn.init.normal_(parameter)
+    return dit
+
+
+@torch.no_grad()
+def velocity(dit: VideoTransformer) -> torch.Tensor:
+    torch.manual_seed(1)
+    return dit(*random_inputs(dit))
+
+
+def copy(dit: VideoTransformer) -> VideoTransformer:
+    twin = VideoTransformer(dit.config)
+    twin.load_state_dict({key: t.clone() for key, t in dit.state_dict().items() if ".lora_" not in key})
+    return twin
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_lora_changes_nothing_until_it_is_trained(dit):
+    before = velocity(dit)
+    parameters = add_lora(dit, rank=4)
+    assert torch.equal(velocity(dit), before)
+    assert len(parameters) == 2 * len(TARGETS) * 2 and all(p.requires_grad for p in parameters)
+    assert {id(p) for p in dit.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    assert all(p.std() > 0.05 for p in parameters[::2]) and not any(p.any() for p in parameters[1::2])
+
+
+def test_the_base_weights_keep_their_names(dit):
+    names = dit.state_dict().keys()
+    add_lora(dit, rank=2)
+    beside = dit.state_dict().keys() - names
+    assert names <= dit.state_dict().keys() and all(".lora_" in name for name in beside)
+    assert len(beside) == 2 * len(TARGETS) * 2
+    assert (
+        BLOCK + "ff.net.0.proj.lora_A.weight" in beside and BLOCK + "attn1.to_out.0.lora_B.weight" in beside
+    )
+
+
+def test_training_moves_only_lora_and_lowers_the_loss(dit):
+    frozen = {name: p.clone() for name, p in dit.named_parameters()}
+    inputs, losses = random_inputs(dit), []
+    with torch.no_grad():
+        target = trained(copy(dit))(*inputs)
+    optimizer = torch.optim.AdamW(add_lora(dit, rank=4), lr=2e-2)
+    dit.activation_checkpointing = True
+    for _ in range(8):
+        loss = (dit(*inputs) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(dit.get_parameter(name), p) for name, p in frozen.items())
+
+
+def test_merged_is_the_same_model_without_lora(dit, tmp_path):
+    names = list(dit.state_dict())
+    before = velocity(dit)
+    with_lora = velocity(trained(dit))
+    assert (with_lora - before).abs().max() > 0.1  # it does something
+    merge_lora(dit)
+    assert list(dit.state_dict()) == names
+    assert_close(velocity(dit), with_lora, TOLERANCE)
+    dit.save_pretrained(tmp_path)
+    assert torch.equal(velocity(VideoTransformer.from_pretrained(tmp_path)), velocity(dit))
+
+
+def test_alpha_over_rank_scales_what_lora_adds(dit):
+    weight = dit.get_parameter(BLOCK + "attn1.to_k.weight").clone()
+    layer = trained(dit, rank=3, alpha=1.5).get_submodule(BLOCK + "attn1.to_k")
+    delta = 0.5 * layer.lora_B.weight @ layer.lora_A.weight
+    merge_lora(dit)
+    assert_close(dit.get_parameter(BLOCK + "attn1.to_k.weight"), weight + delta, 1e-6)
+
+
+def test_what_makes_no_sense_is_refused(dit, tmp_path):
+    for rank, alpha in ((0, 1), (4, 0), (4, -1), (4, float("nan"))):
+        with pytest.raises(ValueError, match=f"rank={rank}, alpha={alpha}: both should be positive"):
+            add_lora(dit, rank, alpha)
+    with pytest.raises(ValueError, match="add_lora first"):
+        save_lora(dit, tmp_path / "none.safetensors")
+    add_lora(dit, 2)
+    with pytest.raises(ValueError, match="merge_lora first"):
+        add_lora(dit, 2)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_saved_lora_gives_the_same_velocity_when_loaded(dit, tmp_path):
+    fresh = copy(trained(dit))
+    save_lora(dit, tmp_path / "lora.safetensors")
+    with torch.device("meta"):
+        empty = VideoTransformer(TINY)
+    assert len(read_lora(empty, tmp_path / "lora.safetensors")) == 12  # it can be checked before loading
+    load_lora(fresh, tmp_path / "lora.safetensors")
+    assert_close(velocity(fresh), velocity(dit), TOLERANCE)
+    load_lora(fresh, tmp_path / "lora.safetensors", -1.0)  # and out again
+    assert_close(velocity(fresh), velocity(copy(dit)), TOLERANCE)
+
+
+def test_loading_leaves_the_files_of_the_weights_alone(tmp_path):
+    dit = VideoTransformer.from_pretrained(GOLDENS / "fun-2b-inp")
+    save_lora(trained(dit), tmp_path / "lora.safetensors")
+    dit = VideoTransformer.from_pretrained(GOLDENS / "fun-2b-inp", torch.bfloat16)
+    weight = dit.get_parameter("transformer_blocks.0.ff.net.2.weight").clone()
+    load_lora(dit, tmp_path / "lora.safetensors", 2.0)
+    down, up, scale = read_lora(dit, tmp_path / "lora.safetensors")["transformer_blocks.0.ff.net.2"]
+    merged = (weight.float() + 2.0 * (up @ down)).bfloat16()  # one rounding
+    assert scale == 1 and torch.equal(dit.get_parameter("transformer_blocks.0.ff.net.2.weight"), merged)
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet__", "lora_unet_"])
+@pytest.mark.parametrize("alpha", [torch.tensor(3), torch.tensor(1.5, dtype=torch.bfloat16), None])
+def test_the_names_of_the_reference_are_read_for_every_linear_layer(dit, tmp_path, prefix, alpha):
+    names = [name for name, module in dit.named_modules() if isinstance(module, nn.Linear)]
+    assert len(names) == 2 * 8 + 5  # two blocks; text, time twice, norm_out, proj_out
+    tensors, merged = {}, copy(dit)
+    for name in names:
+        weight = merged.get_submodule(name).weight
+        down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+        key = prefix + name.replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        tensors |= {} if alpha is None else {f"{key}.alpha": alpha.clone()}
+        weight.data += 0.1 * (1 if alpha is None else alpha.item() / 2) * up @ down
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    load_lora(dit, tmp_path / "kohya.safetensors", 0.1)
+    for name, parameter in merged.named_parameters():
+        assert_close(dit.get_parameter(name), parameter, 1e-6)
+
+
+def test_peft_names_are_read_with_the_alpha_of_the_config_beside_them(dit, tmp_path):
+    name, merged = BLOCK + "ff.net.0.proj", copy(dit)
+    down, up = torch.randn(4, 32), torch.randn(128, 4)
+    path = tmp_path / "adapter_model.safetensors"
+    key = f"base_model.model.{name}"
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, path)
+    for config, scale in (
+        ({"lora_alpha": 2}, 0.5),
+        ({"lora_alpha": 2, "use_rslora": True}, 1.0),
+        ({"lora_alpha": 2, "alpha_pattern": {"net.1": 5, "1.ff.net.0.proj": 1}}, 0.25),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        assert read_lora(dit, path)[name][2] == scale
+    (tmp_path / "adapter_config.json").unlink()
+    load_lora(dit, path)
+    assert_close(
+        dit.get_parameter(name + ".weight"), merged.get_parameter(name + ".weight") + up @ down, 1e-5
+    )
+
+
+def test_a_convolution_has_lora_as_well(dit, tmp_path):
+    conv = dit.patch_embed.proj
+    down, up = torch.randn(2, 16, 2, 2), torch.randn(32, 2, 1, 1)
+    key = "transformer.patch_embed.proj"
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, tmp_path / "conv.safetensors")
+    expected = conv.weight + torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+    load_lora(dit, tmp_path / "conv.safetensors")
+    assert_close(conv.weight, expected, 1e-5)
+
+
+def test_a_file_that_does_not_fit_is_refused_in_one_sentence(dit, tmp_path):
+    state = {key: p.clone() for key, p in dit.state_dict().items()}
+    key, path = f"transformer.{BLOCK}attn1.to_q", tmp_path / "lora.safetensors"
+    good = {f"{key}.lora_A.weight": torch.ones(2, 32), f"{key}.lora_B.weight": torch.ones(32, 2)}
+    cases = [
+        ({}, "it is empty"),
+        (good | {f"lora_te_block_{i}.lora_up.weight": torch.ones(1) for i in range(5)},
+         r"unknown: lora_te_block_0.lora_up.weight, lora_te_block_1\S+, \S+ and 2 more"),
+        (good | {f"{key}.lora_magnitude_vector": torch.ones(32)}, "unknown: .*magnitude_vector"),
+        (good | {"lora_unet__nowhere.lora_up.weight": torch.ones(2, 2)}, "unknown: lora_unet__nowhere"),
+        (good | {f"{key}.lora_A.weight": torch.ones(2, 32, dtype=torch.int8)}, "unknown: .*lora_A"),
+        ({f"{key}.lora_A.weight": torch.ones(2, 32)}, "mis-shaped or incomplete: transformer_blocks.1.attn1"),
+        ({f"{key}.alpha": torch.ones(())}, "mis-shaped or incomplete"),
+        (good | {f"{key}.lora_B.weight": torch.ones(32, 3)}, r"B \[32, 3\] for a weight of \[32, 32\]"),
+        (good | {f"{key}.lora_A.weight": torch.ones(2, 64)}, r"A \[2, 64\]"),
+        (good | {f"{key}.lora_A.weight": torch.ones(())}, "mis-shaped"),
+        (good | {f"{key}.alpha": torch.ones(2)}, "mis-shaped"),
+    ]  # fmt: skip
+    for tensors, message in cases:
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=message) as error:
+            load_lora(dit, path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    for notes in (
+        "[1]",
+        "{",
+        '{"lora_alpha": "much"}',
+        '{"alpha_pattern": {"(": 1}}',
+        '{"alpha_pattern": 1}',
+    ):
+        save_file(good, path, {"lora_adapter_metadata": notes})
+        with pytest.raises(ValueError, match="notes on its alpha are damaged"):
+            load_lora(dit, path)
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match="lora.safetensors"):
+        load_lora(dit, path)
+    with pytest.raises(OSError, match="missing"):
+        load_lora(dit, tmp_path / "nowhere.safetensors")
+    assert all(torch.equal(dit.state_dict()[key], p) for key, p in state.items())  # untouched
+
+
+# ---------------------------------------------------------------- diffusers
+
+
+def diffusers_twin(dit: VideoTransformer, folder):
+    """The same model in a diffusers pipeline of which only the transformer is there."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    dit.save_pretrained(folder)
+    theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")
+    return diffusers.CogVideoXPipeline(None, None, None, theirs, None)
+
+
+@torch.no_grad()
+def their_velocity(pipeline, dit: VideoTransformer) -> torch.Tensor:
+    torch.manual_seed(1)
+    noisy, timesteps, text, _ = random_inputs(dit)
+    return pipeline.transformer(noisy.transpose(1, 2), text, timesteps).sample.transpose(1, 2)
+
+
+def test_diffusers_gives_the_same_with_what_we_save(dit, tmp_path):
+    pipeline = diffusers_twin(dit, tmp_path)
+    assert_close(velocity(dit), their_velocity(pipeline, dit), TOLERANCE)
+    fresh, both = copy(dit), copy(dit)
+    save_lora(trained(dit, rank=3, alpha=1.5), tmp_path / "one.safetensors")
+    pipeline.load_lora_weights(str(tmp_path), weight_name="one.safetensors", adapter_name="one")
+    assert (their_velocity(pipeline, dit) - velocity(fresh)).abs().max() > 0.1
+    assert_close(velocity(dit), their_velocity(pipeline, dit), TOLERANCE)
+    save_lora(trained(fresh, rank=5, alpha=10), tmp_path / "two.safetensors")
+    pipeline.load_lora_weights(str(tmp_path), weight_name="two.safetensors", adapter_name="two")
+    pipeline.set_adapters(["one", "two"], [0.5, -0.3])
+    load_lora(both, tmp_path / "one.safetensors", 0.5)
+    load_lora(both, tmp_path / "two.safetensors", -0.3)
+    assert_close(velocity(both), their_velocity(pipeline, dit), TOLERANCE)
+
+
+@pytest.mark.parametrize("with_notes", [False, True])
+def test_what_diffusers_saves_gives_the_same_here(dit, tmp_path, with_notes):
+    pipeline = diffusers_twin(dit, tmp_path)
+    import peft
+
+    targets = ["to_k", "net.2", "norm1.linear"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, alpha_pattern={"net.2": 2}, target_modules=targets, init_lora_weights=False
+    )
+    theirs = pipeline.transformer
+    theirs.add_adapter(config)
+    layers = peft.get_peft_model_state_dict(theirs)
+    notes = {"transformer_lora_adapter_metadata": config.to_dict()} if with_notes else {}
+    pipeline.save_lora_weights(tmp_path / "saved", transformer_lora_layers=layers, **notes)
+    path = tmp_path / "saved" / "pytorch_lora_weights.safetensors"
+    assert len(load_file(path)) == 2 * 2 * len(targets)
+    if not with_notes:  # diffusers takes alpha to be the rank then, and so do we
+        theirs.delete_adapters("default")
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+    load_lora(dit, path)
+    assert_close(velocity(dit), their_velocity(pipeline, dit), TOLERANCE)
