@@ -181,7 +181,10 @@ def read_video(
             if fps is None:
                 count = int(seconds > start - MILLISECOND)
             else:  # nearest up to half-way to its successor, which loses a tie; the last one up to its end
-                until = (seconds + following + MILLISECOND) / 2 if successor else following - MILLISECOND
+                slack = (
+                    6 * MILLISECOND if container.format.name == "gif" else MILLISECOND
+                )  # counts in 1/100 s
+                until = (seconds + following + MILLISECOND) / 2 if successor else following - slack
                 count = max(0, math.ceil((until - start) * fps) - len(frames))
             if count:
                 frames += [_upright_rgb(frame)] * count

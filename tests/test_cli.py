@@ -1,0 +1,539 @@
+"""The command line: what it writes, says and refuses, on the tiny checkpoints, in this process."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import stat
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDENS
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sample
+from data import read_image, read_video, write_video
+from text_encoder import T5Config, T5Encoder
+from transformer import VideoTransformer
+from vae import VAEConfig, VideoVAE
+
+INPAINT, V15, TEXT = GOLDENS / "fun-2b-inp", GOLDENS / "fun-1.5-5b-inp", GOLDENS / "cogvideox-2b-t2v"
+ROPE, CONTROL, IMAGE = GOLDENS / "fun-5b-inp", GOLDENS / "fun-2b-control", GOLDENS / "cogvideox-5b-i2v"
+TRANSFORMER = "transformer/config.json"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+NOISE = np.random.default_rng(0).integers(0, 256, (13, 32, 48, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to work in, with media beside it."""
+    (tmp_path / "media").mkdir()
+    Image.fromarray(NOISE[0]).save(tmp_path / "media/picture.png")
+    Image.new("L", (48, 32), 255).save(tmp_path / "media/white.png")
+    Image.new("L", (48, 32), 0).save(tmp_path / "media/black.png")
+    write_video(NOISE, tmp_path / "media/clip.mp4")
+    write_video(NOISE[:3], tmp_path / "media/short.gif")
+    (tmp_path / "media/empty.mp4").touch()
+    (tmp_path / "media/text.png").write_text("not a picture at all")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def made(*words, model=INPAINT, **changes):
+    """Run a command that must work; the names of the files it leaves in this folder."""
+    settings = {"model": model, "num-steps": 2, "num-frames": 5, "seed": 1} | changes
+    flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+    assert sample.main([*words, *flags]) == 0
+    return sorted(path.name for path in Path().rglob("*") if path.is_file())
+
+
+def refused(capfd, *argv):
+    """Run a command that must stop in one line and leave nothing; the line."""
+    before = sorted(Path("..").resolve().rglob("*"))
+    try:
+        status = sample.main([str(word) for word in argv])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capfd.readouterr()
+    assert status == 2 and len(err.splitlines()) == 1 and err.startswith("sample.py: error: "), (status, err)
+    assert sorted(Path("..").resolve().rglob("*")) == before, "something was left behind"
+    return err.removeprefix("sample.py: error: ")
+
+
+def broken(source, tmp_path, change):
+    """A copy of a checkpoint after change(its folder)."""
+    model = tmp_path / "model"
+    shutil.copytree(source, model, ignore=shutil.ignore_patterns("expected*", "assets"))
+    change(model)
+    return model
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ---------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "png"])
+def test_the_ending_of_out_decides_the_format(ending):
+    assert set(made("x", out=f"new/a.{ending}")) == {"a.json", f"a.{ending}", "a.safetensors"}
+    if ending == "png":  # a strip of the five frames
+        assert read_image("new/a.png").shape == (32, 5 * 48, 3)
+    else:
+        assert read_video(f"new/a.{ending}").shape == (5, 32, 48, 3)
+
+
+def test_without_a_name_files_are_numbered():
+    made("x")
+    assert made("x")[:3] == ["0001.json", "0001.mp4", "0001.safetensors"]
+    assert made("x", **{"num-frames": 1})[-2:] == ["0003.png", "0003.safetensors"]
+    assert sorted(os.listdir("outputs"))[3:6] == ["0002.json", "0002.mp4", "0002.safetensors"]
+
+
+def test_several_prompts_and_seeds_make_a_video_each():
+    assert (
+        sample.main(
+            ["x", "y", "--model", str(TEXT), "--num-steps", "1", "--seed", "3", "4", "--out", "a.png"]
+        )
+        == 0
+    )
+    records = [json.loads(Path(f"a-{i}.json").read_text()) for i in (1, 2, 3, 4)]
+    assert [(r["prompt"], r["seed"]) for r in records] == [("x", 3), ("x", 4), ("y", 3), ("y", 4)]
+    pictures = [Path(f"a-{i}.png").read_bytes() for i in (1, 2, 3, 4)]
+    assert len(set(pictures)) == 4
+    made("y", model=TEXT, seed=4, out="b.png", **{"num-steps": 1, "num-frames": None})
+    assert Path("b.png").read_bytes() == pictures[3], "the same alone as among others"
+
+
+def test_num_videos_counts_seeds_up():
+    made("x", out="a.png", **{"num-videos": 3, "seed": 5})
+    assert [json.loads(Path(f"a-{i}.json").read_text())["seed"] for i in (1, 2, 3)] == [5, 6, 7]
+
+
+def test_without_a_seed_it_is_drawn_and_recorded():
+    made("x", out="a.png", seed=None)
+    made("x", out="b.png", seed=None)
+    seeds = [json.loads(Path(f"{name}.json").read_text())["seed"] for name in "ab"]
+    assert seeds[0] != seeds[1]
+    made("x", out="c.png", seed=seeds[0])
+    assert Path("c.png").read_bytes() == Path("a.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "model, inputs",
+    [
+        (INPAINT, {"video": "../media/clip.mp4", "strength": 0.6, "num-steps": 4}),
+        (ROPE, {"image": "../media/picture.png", "noise-aug-strength": 0.2, "sampler": "euler-a"}),
+        (CONTROL, {"control-video": "../media/clip.mp4", "fps": 4}),
+        (TEXT, {"negative-prompt": "rain", "guidance-scale": 3, "dtype": "bfloat16", "height": 48}),
+    ],
+)
+def test_the_record_makes_the_same_video_again(model, inputs):
+    made("x", model=model, out="a.mp4", **inputs)
+    record = json.loads(Path("a.json").read_text())
+    assert record["versions"].keys() == {"python", "torch", "numpy"} and record["kind"]
+    argv = [record["prompt"], "--out", "b.mp4"]
+    for name in (*sample.Request.__dataclass_fields__, "fps", "model", "dtype", "device"):
+        value = record.get(name)
+        if name != "prompt" and value not in (None, False):
+            argv += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+    assert sample.main(argv) == 0
+    assert Path("b.mp4").read_bytes() == Path("a.mp4").read_bytes()
+
+
+def test_the_same_command_gives_the_same_bytes():
+    for name in ("a", "b"):
+        made("x", out=f"{name}.mp4", sampler="dpm-cog")
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+
+
+def test_a_kill_while_decoding_loses_nothing(monkeypatch, capfd):
+    made("x", out="whole.gif")
+
+    def kill(frames, path, fps):
+        next(iter(frames))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "write_video", kill)
+        assert (
+            sample.main(
+                ["x", f"--model={INPAINT}", *"--num-steps 2 --num-frames 5 --seed 1 --out a.gif".split()]
+            )
+            == 2
+        )
+    assert capfd.readouterr().err == "sample.py: error: interrupted\n"
+    assert [p for p in sorted(os.listdir()) if p.startswith(("a", "."))] == ["a.safetensors"]
+    assert (
+        sample.main(["--from-latents", "a.safetensors", "--out", "b.gif"]) == 0
+    )  # the model is in the record
+    assert Path("b.gif").read_bytes() == Path("whole.gif").read_bytes()
+    assert json.loads(Path("b.json").read_text())["prompt"] == "x"
+
+
+def test_files_follow_the_umask():
+    before = os.umask(0o027)
+    try:
+        made("x", out="a.mp4")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in Path().iterdir()} == {0o640}
+
+
+def test_names_that_are_no_unicode_can_be_read_and_written():
+    shutil.copy("../media/picture.png", "p\udcff.png")
+    made("x", image="p\udcff.png", out="a\udcff.mp4")
+    assert read_video("a\udcff.mp4").shape == (5, 32, 48, 3)
+
+
+# ---------------------------------------------------------------- sizes and clips
+
+
+@pytest.mark.parametrize("size, words", [((96, 32), "64x16"), ((200, 300), "32x48"), ((480, 320), "48x32")])
+def test_sizes_follow_the_pictures_aspect_about_the_native_area(size, words, capfd):
+    Image.new("RGB", size).save("p.png")
+    made("x", image="p.png", out="a.mp4")
+    assert read_video("a.mp4").shape[2:0:-1] == tuple(map(int, words.split("x")))
+    assert f"the input of {size[0]}x{size[1]} is made at {words}" in capfd.readouterr().out
+
+
+def test_with_both_sides_given_the_input_is_resized(capfd):
+    made("x", image="../media/picture.png", height=48, width=32, out="a.mp4")
+    assert read_video("a.mp4").shape == (5, 48, 32, 3)
+    assert "note" not in capfd.readouterr().out
+
+
+def test_clips_are_read_at_the_models_rate():
+    """Frame i of a 30 fps clip has grey level 4i; at 8 fps that is every 3.75th frame."""
+    grey = np.broadcast_to(4 * np.arange(60, dtype=np.uint8)[:, None, None, None], (60, 32, 48, 3))
+    write_video(grey, "clip.mp4", fps=30)
+    models = sample.load_models(CONTROL)
+    job = sample.prepare(models, sample.Request("x", control_video="clip.mp4", seed=0))
+    levels = job.frames.mean((1, 2, 3)) / 4
+    assert (
+        len(levels) == 13 and np.abs(levels - 3.75 * np.arange(13)).max() < 1
+    )  # nearest frame, and mp4's loss
+
+
+def test_a_short_clip_decides_the_number_of_frames(capfd):
+    write_video(NOISE[:7], "clip.mp4")
+    made("x", video="clip.mp4", strength=0.5, out="a.mp4", **{"num-frames": None})
+    assert len(read_video("a.mp4")) == 5
+    assert "of the clip's 7 frames at 8 fps the first 5 are taken" in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------- what is said, kept and freed
+
+
+def test_the_start_and_the_end_say_what_is_made(capfd):
+    made("x", out="a.mp4")
+    out, err = capfd.readouterr()
+    for words in ("fun-2b-inp: inpaint, 33 channels", "48x32, 5 frames -> 2 latent frames -> 12 tokens",
+                  "ddim, 2 steps", "cpu, float32", "memory   about text", "a.mp4\n", "denoise"):  # fmt: skip
+        assert words in out
+    assert not err
+
+
+def test_quiet_prints_nothing(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    made("x", "--quiet", out="a.mp4")
+    assert capfd.readouterr() == ("", "") and not screen.getvalue()
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_steps_and_seconds_left_of_each_stage(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    made("x", image="../media/picture.png", out="a.mp4")
+    for stage in ("text", "encode", "denoise", "decode"):
+        assert f"{stage}:   0%" in screen.getvalue() and "0/2 [00:00<?" in screen.getvalue()
+
+
+def test_help_shows_every_flag_and_its_default(capfd):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--help"])
+    text = " ".join(capfd.readouterr().out.split())
+    assert stop.value.code == 0
+    for words in ("network evaluations (default 50)", "(default 6.0)", "(default 0.0563)", "(default 0 999)",
+                  "(default 8.0)", "(default 1.0)", "checkpoints/tiny)", "(default outputs)"):  # fmt: skip
+        assert words in text
+    for name in sample.Request.__dataclass_fields__.keys() - {"prompt", "latents", "randn"}:
+        assert "--" + name.replace("_", "-") in text
+
+
+def test_each_network_is_gone_before_the_next_is_loaded(monkeypatch):
+    load, alive = sample.Models._load, {}
+
+    def watch(self, name):
+        assert [n for n, network in alive.items() if network() is not None] == []
+        network = load(self, name)
+        alive[name] = weakref.ref(network)
+        return network
+
+    monkeypatch.setattr(sample.Models, "_load", watch)
+    made("x", image="../media/picture.png", out="a.mp4")
+    assert alive.keys() == {"text_encoder", "vae", "transformer"}
+
+
+def test_a_network_that_was_put_in_place_stays():
+    models = sample.load_models(INPAINT)
+    models.loaded["transformer"] = dit = VideoTransformer.from_pretrained(INPAINT)
+    sample.generate(models, "x", num_frames=1, num_steps=1)
+    assert models.loaded == {"transformer": dit}
+
+
+def test_a_local_folder_needs_no_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it raises
+    made("x", out="a.png")
+
+
+def test_a_hub_id_without_a_network_is_one_line(capfd):
+    message = refused(capfd, "x", "--model", "someone/some-model")
+    assert message.startswith(
+        "--model someone/some-model: no such folder here, and the hub did not deliver it"
+    )
+
+
+def test_a_hub_id_fetches_only_what_is_read(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **kw: asked.update(kw, name=name) or INPAINT
+    )
+    made("x", model="someone/some-model", out="a.png")
+    assert asked["name"] == "someone/some-model"
+    assert not any(pattern.endswith((".bin", ".ckpt", "*/*")) for pattern in asked["allow_patterns"])
+    assert json.loads(Path("a.json").read_text())["model"] == str(INPAINT)
+
+
+# ---------------------------------------------------------------- numbers that are none
+
+
+def poison(folder, value=float("nan")):
+    [path] = folder.glob("*.safetensors")
+    weights = load_file(path)
+    weights[sorted(weights)[0]].fill_(value)
+    save_file(weights, path, {"format": "pt"})
+
+
+def test_latents_that_are_not_finite_stop_with_step_and_dtype(tmp_path, capfd):
+    model = broken(INPAINT, tmp_path, lambda model: poison(model / "transformer"))
+    message = refused(capfd, "x", "--model", model, "--num-steps", "4")
+    assert "stopped being finite at step 1 (timestep 999) in float32; try dtype float32" in message
+
+
+def test_the_step_is_the_one_where_it_happens(monkeypatch, capfd):
+    forward, calls = VideoTransformer.forward, []
+
+    def overflow(self, *args, **kwargs):
+        calls.append(1)
+        return forward(self, *args, **kwargs) * (float("inf") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(VideoTransformer, "forward", overflow)
+    message = refused(capfd, "x", "--model", INPAINT, "--num-steps", "4", "--dtype", "float16")
+    assert "at step 3 (timestep 499) in float16; try dtype bfloat16 or float32" in message and len(calls) == 3
+
+
+def test_frames_that_are_not_finite_are_never_written_and_latents_stay(tmp_path, capfd):
+    model = broken(INPAINT, tmp_path, lambda model: poison(model / "vae"))
+    assert sample.main(["x", "--model", str(model), "--num-steps", "1", "--out", "a.mp4"]) == 2
+    assert "decoded frames are not finite in float32; decode the saved latents" in capfd.readouterr().err
+    assert os.listdir() == ["a.safetensors"]
+
+
+# ---------------------------------------------------------------- what is refused
+
+PICTURE, CLIP = ["--image", "../media/picture.png"], ["--video", "../media/clip.mp4"]
+
+
+@pytest.mark.parametrize(
+    "model, flags, words",
+    [
+        (TEXT, "--num-frames 48", ["num_frames=48", "4k+1", "49 (or 45)"]),
+        (INPAINT, "--num-frames 0", ["num_frames=0", "try 5 (or 1)"]),
+        (INPAINT, "--num-frames 17", ["num_frames=17", "the most is 13"]),
+        (CONTROL, "--control-video ../media/clip.mp4 --num-frames 17", ["the most is 13"]),
+        (ROPE, "--num-frames 99999999997", ["num_frames=99999999997", "the most is 16385"]),
+        (V15, "--num-frames 9", ["num_frames=9", "pairs", "try 5 (or 13)"]),
+        (TEXT, "--height 30", ["height=30", "multiples of 16", "try 32"]),
+        (TEXT, "--width 0", ["width=0", "try 16"]),
+        (TEXT, "--width 160000", ["width=160000", "up to 16384", "try 16384"]),
+        (V15, "--width 96", ["width=96", "up to 80", "try 80"]),
+        (IMAGE, [*PICTURE, "--height", "48"], ["height=48", "learned positions", "height=32"]),
+        (TEXT, "--height 16384 --width 16384", ["GiB of memory", "are free", "smaller height"]),
+        (TEXT, PICTURE, ["16-channel text model takes no image", "33-channel"]),
+        (TEXT, "--control-video ../media/clip.mp4", ["takes no control_video", "32-channel control"]),
+        (TEXT, "--mask ../media/white.png", ["takes no mask"]),
+        (TEXT, "--strength 0.5", ["strength=0.5", "needs a video"]),
+        (INPAINT, "--control-video ../media/clip.mp4", ["33-channel inpaint model takes no control_video"]),
+        (INPAINT, [*PICTURE, *CLIP], ["image and video contradict"]),
+        (INPAINT, "--mask ../media/white.png", ["mask says where"]),
+        (INPAINT, [*PICTURE, "--end-image", *PICTURE[1:], "--mask", "m.png"], ["mask says where"]),
+        (INPAINT, [*PICTURE, *PICTURE[1:] * 5, "--num-frames", "5"], ["6 pictures", "num_frames=5"]),
+        (INPAINT, [*CLIP, "--mask", "../media/black.png"], ["nothing left to generate"]),
+        (INPAINT, [*CLIP, "--mask", "../media/short.gif"], ["short.gif has 3 frames, the clip 13"]),
+        (INPAINT, "--video ../media/short.gif --num-frames 9", ["3 frames", "num_frames=9", "try 1"]),
+        (CONTROL, "", ["needs a control_video"]),
+        (CONTROL, [*CLIP], ["32-channel control model takes no video"]),
+        (IMAGE, "", ["needs an image"]),
+        (IMAGE, [*PICTURE, "--end-image", *PICTURE[1:]], ["takes no end_image"]),
+        (INPAINT, [*CLIP, "--strength", "0"], ["strength=0.0", "(0, 1]"]),
+        (INPAINT, [*CLIP, "--strength", "1.5"], ["strength=1.5"]),
+        (INPAINT, [*CLIP, "--strength", "nan"], ["strength=nan"]),
+        (INPAINT, [*CLIP, "--strength", "0.01", "--num-steps", "5"], ["leaves no step", "0.2"]),
+        (INPAINT, ["--video", "../media/picture.png"], ["picture.png is a picture", "clip"]),
+        (INPAINT, ["--image", "../media/short.gif"], ["short.gif is a clip", "picture"]),
+        (INPAINT, ["--video", "../media/empty.mp4"], ["empty.mp4 is empty, damaged"]),
+        (INPAINT, ["--image", "../media/text.png"], ["text.png is empty, damaged"]),
+        (INPAINT, ["--image", "../media/gone.png"], ["gone.png does not exist"]),
+        (INPAINT, ["--image", "../media"], ["../media is a folder"]),
+        (INPAINT, ["--video", "/dev/zero"], ["/dev/zero"]),
+        (INPAINT, "--num-steps 0", ["num_steps=0", "1 … 1000"]),
+        (INPAINT, "--num-steps 1001", ["num_steps=1001"]),
+        (INPAINT, "--guidance-scale nan", ["guidance_scale=nan"]),
+        (INPAINT, "--guidance-scale -1", ["guidance_scale=-1.0"]),
+        (INPAINT, "--guidance-interval 900 100", ["guidance_interval=900 100", "lower first"]),
+        (INPAINT, "--noise-aug-strength inf", ["noise_aug_strength=inf"]),
+        (INPAINT, "--seed -1", ["seed=-1", "0 … 9223372036854775807"]),
+        (INPAINT, "--seed 1 2 --num-videos 2", ["--num-videos counts up from one --seed"]),
+        (INPAINT, "--num-videos 0", ["--num-videos 0", "1 … 1000"]),
+        (INPAINT, "--fps 0", ["--fps 0.0"]),
+        (INPAINT, "--sampler best", ["--sampler", "'best'", "ddim"]),
+        (INPAINT, "--dtype int8", ["--dtype", "'int8'", "bfloat16"]),
+        (INPAINT, "--device cuda:77", ["--device cuda:77", "try cpu"]),
+        (INPAINT, "--device meta", ["--device meta", "try cpu"]),
+        (INPAINT, "--unknown 3", ["unrecognized arguments: --unknown 3", "--help"]),
+        (INPAINT, "--num-step 3", ["unrecognized arguments", "--num-step"]),
+        (INPAINT, "--height 1e3", ["--height", "'1e3'"]),
+        (INPAINT, "--out a.avi", ["--out a.avi", ".mp4, .gif or .png"]),
+        (INPAINT, "--out ../media/text.png/a.mp4", ["cannot write in", "choose another place"]),
+        (INPAINT, "--out /proc/new/a.mp4", ["--out /proc/new/a.mp4", "choose another place"]),
+        (INPAINT, ["--out", "n" * 250 + ".mp4"], ["too long"]),
+        (INPAINT, ["--image", "a\0b"], ["NUL"]),
+        (INPAINT, ["--image", "a\nb\u2028c"], ["a b c does not exist"]),
+        (INPAINT, "--from-latents a.safetensors", ["a prompt", "--from-latents FILE without one"]),
+        (GOLDENS, "", ["is not a checkpoint folder", "transformer"]),
+        ("gone", "", ["--model gone", "no such folder", "owner/name"]),
+        ("../media/text.png", "", ["text.png is not a folder"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said_in_one_line(model, flags, words, capfd):
+    flags = flags.split() if isinstance(flags, str) else flags
+    message = refused(capfd, "x", "--model", model, *flags)
+    assert all(word in message for word in words), message
+
+
+def test_a_prompt_is_needed(capfd):
+    assert "give a prompt" in refused(capfd, "--model", INPAINT)
+    assert "not a string of valid Unicode" in refused(capfd, "a\udcff", "--model", INPAINT)
+
+
+def test_a_broken_link_is_no_place_to_write_to(capfd):
+    Path("link").symlink_to("nowhere")
+    assert "cannot write in" in refused(capfd, "x", "--model", INPAINT, "--out", "link/a.mp4")
+
+
+def test_memory_that_runs_out_is_one_line(capfd, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "free_bytes", lambda device: 2**20)
+        assert "GiB of memory" in refused(capfd, "x", "--model", INPAINT, "--height", "256", "--width", "256")
+
+    def fail(*_, **__):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(VideoTransformer, "forward", fail)
+    assert "out of memory; try a smaller --height" in refused(capfd, "x", "--model", INPAINT)
+
+
+def test_pipes_do_not_block(tmp_path, capfd):
+    os.mkfifo("pipe.png")
+    assert "pipe.png" in refused(capfd, "x", "--model", INPAINT, "--image", "pipe.png")
+
+    def pipes(model):
+        for file in (
+            "transformer/config.json",
+            "vae/diffusion_pytorch_model.safetensors",
+            "tokenizer/spiece.model",
+        ):
+            path = model.with_name("model-" + file.split("/")[0])
+            shutil.copytree(model, path)
+            (path / file).unlink()
+            os.mkfifo(path / file)
+
+    broken(INPAINT, tmp_path, pipes)
+    signal.alarm(20)
+    for part in ("transformer", "vae"):
+        assert "is missing" in refused(capfd, "x", "--model", tmp_path / f"model-{part}")
+    signal.alarm(0)
+
+
+TINY_T5 = dict(vocab_size=1120, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=4)
+TINY_VAE = dict(block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=4, latent_channels=8)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda m: T5Encoder(T5Config(**TINY_T5)).save_pretrained(m), ["text_embed_dim = 16", "= 32"]),
+        (lambda m: VideoVAE(VAEConfig(**TINY_VAE)).save_pretrained(m), ["out_channels = 16", "= 8"]),
+        (lambda m: edit(m / TRANSFORMER, in_channels=20), ["in_channels = 20", "16, 32 and 33"]),
+        (lambda m: edit(m / TRANSFORMER, patch_size=4), ["mis-shaped", "patch_embed.proj.weight"]),
+        (lambda m: edit(m / TRANSFORMER, num_layers=10**9), ["num_layers = 1000000000", "0 … 256"]),
+        (lambda m: edit(m / TRANSFORMER, sample_height=10**6), ["sample_height", "0 … 16384"]),
+        (lambda m: edit(m / TRANSFORMER, num_attention_heads=10**6, attention_head_dim=10**6),
+         ["tensors beyond all reason"]),
+        (lambda m: edit(m / TRANSFORMER, max_text_seq_length=10**6), ["max_text_seq_length"]),
+        (lambda m: edit(m / TRANSFORMER, norm_eps="small"), ["norm_eps", "should be of type float"]),
+        (lambda m: edit(m / TRANSFORMER, norm_eps=10**400), ["norm_eps", "is outside"]),
+        (lambda m: edit(m / "vae/config.json", layers_per_block=200), ["layers_per_block = 200", "0 … 16"]),
+        (lambda m: edit(m / "text_encoder/config.json", num_layers=3), ["missing: encoder.block.2"]),
+        (lambda m: edit(m / "scheduler/scheduler_config.json", beta_start=2), ["beta_start"]),
+        (lambda m: shutil.rmtree(m / "vae"), ["neither vae/ nor config.json"]),
+        (lambda m: (m / "vae/config.json").write_text("{"), ["vae/config.json is not readable JSON"]),
+        (lambda m: (m / VAE).rename(m / "vae/weights.bin"), ["pickled", "weights.bin"]),
+        (lambda m: (m / VAE).write_bytes(b"\xff" * 99), ["truncated"]),
+        (lambda m: (m / VAE).write_bytes(b""), ["truncated"]),
+        (lambda m: (m / "tokenizer/spiece.model").write_bytes(b"x"), ["spiece.model is damaged"]),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_named_before_anything_is_loaded(change, words, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sample.Models, "_load", lambda *_: pytest.fail("loaded a network"))
+    message = refused(capfd, "x", "--model", broken(INPAINT, tmp_path, change))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "tensors, record, words",
+    [
+        ({"latents": torch.zeros(1, 4, 2, 4, 6)}, "{}", ["(1, 4, 2, 4, 6)", "cannot decode"]),
+        ({"latents": torch.zeros(2, 16, 2, 4, 6)}, "{}", ["no latents of ours"]),
+        ({"latents": torch.zeros(16, 2, 4, 6)}, "{}", ["no latents of ours"]),
+        ({"latents": torch.zeros(1, 16, 0, 4, 6)}, "{}", ["cannot decode"]),
+        ({"latents": torch.zeros(1, 16, 2, 4, 6, dtype=torch.int8)}, "{}", ["no latents of ours"]),
+        ({"latents": torch.full((1, 16, 2, 4, 6), torch.inf)}, "{}", ["not finite"]),
+        ({"x": torch.zeros(1)}, "{}", ["no latents of ours"]),
+        ({"latents": torch.zeros(1, 16, 2, 4, 6)}, "[" * 10**5, ["no latents of ours"]),
+        ({"latents": torch.zeros(1, 16, 2, 4, 6)}, '{"fps": NaN}', ["nan fps", "--fps 8.0"]),
+        ({"latents": torch.zeros(1, 16, 2, 4, 6)}, '{"dtype": "int8"}', ["dtype 'int8'"]),
+    ],
+)
+def test_latents_of_another_kind_are_refused(tensors, record, words, tmp_path, capfd):
+    save_file(tensors, tmp_path / "l.safetensors", {"record": record})
+    message = refused(capfd, "--from-latents", tmp_path / "l.safetensors", "--model", INPAINT)
+    assert all(word in message for word in words), message
+
+
+def test_from_latents_takes_no_flags_of_sampling(capfd):
+    message = refused(capfd, "--from-latents", "a.safetensors", "--num-steps", "3", "--image", "p.png")
+    assert "only decodes; image, num_steps cannot change" in message
