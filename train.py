@@ -8,7 +8,7 @@
     --train vae   pixels ─encoder─► posterior ─sample─► decoder─► pixels;  reconstruction + a little KL
 
 Every draw is a function of (seed, epoch, sample index), see `data.rng`; a timestep also of the sample's place
-in its global batch. So the state of a run is a few counters beside weights, moments and EMA, and a run that is
+in its global batch. So the state of a run is a few counters beside weights, moments and EMA; a run that is
 killed and resumed ends with the same bytes as one that is not.
 
     OUT/  transformer/ vae/ text_encoder/ …    a checkpoint of EMA weights: sample.py --model OUT
@@ -224,10 +224,10 @@ def normal(shape: Iterable[int], keys: list[Key], purpose: str, device: str | to
 
 
 def stratified_timesteps(keys: list[Key]) -> Tensor:
-    """One timestep for each sample of a global batch: 0 … 999 is cut into as many parts, and each part has one.
+    """One timestep for each sample of a global batch: 0 … 999 is cut into so many parts, each has one.
 
-    Each alone is uniform; together they cover all noise levels, so the loss of a step jumps less. Which part a
-    sample gets is shuffled, as neighbours share a shape.
+    Each alone is uniform; together they cover all noise levels, so the loss of a step jumps less. Which part
+    a sample gets is shuffled, as neighbours share a shape.
     """
     parts = torch.randperm(len(keys), generator=rng(*keys[0], "order of timesteps"))
     places = torch.stack(
@@ -739,10 +739,9 @@ def deal(
         yield list(itertools.islice(batches, phase.global_batch // config.batch_size))
 
 
-def load_held_out(
-    records: list[Record], plan: Plan, config: Config, failures: dict
-) -> list[tuple[Sample, list[Key]]]:
-    loader = Loader(records, config.seed, failures, max_failures=1.0)
+def load_held_out(records: list[Record], plan: Plan, config: Config) -> list[tuple[Sample, list[Key]]]:
+    """All held-out samples, the same crops and draws each time."""
+    loader = Loader(records, config.seed, max_failures=1.0)
     batches = epoch_batches(records, plan, config.seed, VALIDATION_EPOCH)
     todo = ((VALIDATION_EPOCH, batch) for batch in batches)
     return [(loaded, keys_of(config, epoch, batch)) for epoch, batch, loaded in loader.batches(todo)]
@@ -774,7 +773,7 @@ class Log:
 
 
 def draw_curve(log: Path, path: Path, width: int = 960, height: int = 480) -> None:
-    """A log as a picture: each step's loss (dots) and its running mean (blue), on a logarithmic scale, and what
+    """A log as a picture: the losses (dots) and their running mean (blue), on a logarithmic scale, and what
     validation found (red): its loss on the same scale, or PSNR on one of its own."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     name = "psnr" if "psnr" in entries[-1] else "val_loss"
@@ -834,8 +833,9 @@ def as_time(seconds: float) -> str:
 
 
 def accumulate(task, config: Config, micro_batches: list, loaded: Iterator) -> tuple[float, float]:
-    """Leave the gradient of a global batch, the mean over its samples, at the weights: (loss, seconds waited).
+    """Leave the gradient of a global batch, the mean over its samples, at the weights.
 
+    returns: the loss, and the seconds spent waiting for data
     raises NotFinite at the first micro-batch whose loss is not finite
     """
     draws = config.draws_per_clip
@@ -875,7 +875,7 @@ def one_step(
     except NotFinite as error:
         names = [records[index].name for batch in error.args[0] for index in batch.indices]
         raise ValueError(
-            f"step {counters.total_steps + 1}: the loss or its gradient is not finite; the weights are untouched. "
+            f"step {counters.total_steps + 1}: loss or gradient is not finite; the weights are untouched. "
             f"Lower --lr, or look at the files of this batch: {', '.join(names)}"
         ) from None
     learner.step(lr, counters.total_steps)
@@ -912,7 +912,7 @@ def log_step(log: Log, entry: dict, num_steps: int, pace: float) -> None:
 
 
 def describe(
-    args: argparse.Namespace, config: Config, phase: Phase, task, learner, records, held_out, plan, epoch
+    args: argparse.Namespace, config: Config, phase: Phase, task, learner, records, plan, epoch
 ) -> None:
     """What will happen, before it does."""
     sizes = ", ".join(
@@ -956,12 +956,14 @@ def train(args: argparse.Namespace, config: Config, signals: list[int]) -> int:
     while counters.total_steps < num_steps:
         phase = config.phases[counters.phase]
         plan = task.plan(phase)
-        held_out = load_held_out(held_out_records, plan, config, failures)
+        held_out = load_held_out(held_out_records, plan, config)
         learner = begin_phase(task, config, phase, held_out, learner)
         if newest:
             learner.load(newest / "training")
             newest = None
-        describe(args, config, phase, task, learner, records, held_out, plan, counters.epoch)
+        describe(args, config, phase, task, learner, records, plan, counters.epoch)
+        if counters.total_steps == 0:
+            validate(args, task, learner, log, counters)  # where it starts
         todo, ahead = itertools.tee(deal(records, plan, config, phase, counters))
         loaded = loader.batches(
             (epoch, batch) for micro_batches in ahead for epoch, _, batch in micro_batches
@@ -972,7 +974,10 @@ def train(args: argparse.Namespace, config: Config, signals: list[int]) -> int:
             pace = entry["seconds"] if pace is None else 0.9 * pace + 0.1 * entry["seconds"]
             log_step(log, entry, num_steps, pace)
             is_last = counters.total_steps == num_steps or counters.step == phase.num_steps
-            look(args, task, learner, log, counters, held_out, is_last)
+            if is_last or counters.total_steps % args.val_every == 0:
+                validate(args, task, learner, log, counters)
+            if is_last or counters.total_steps % args.preview_every == 0:
+                preview(args, task, learner, counters, held_out)
             if is_last or signals or counters.total_steps % args.save_every == 0:
                 counters.log_bytes = log.num_bytes
                 path = save_checkpoint(out, task, learner, counters, settings, args.keep)
@@ -988,7 +993,7 @@ def train(args: argparse.Namespace, config: Config, signals: list[int]) -> int:
 
 
 def begin_phase(task, config: Config, phase: Phase, held_out: list, before: Learner | None) -> Learner:
-    """What learns in this phase, with the moments and EMA of the last; what learns no more becomes its EMA."""
+    """What learns in this phase, with moments and EMA of the last; what learns no more becomes its EMA."""
     if before:
         for name, average in before.ema.items():
             if name.startswith("text_encoder/") and not phase.train_text:
@@ -999,20 +1004,20 @@ def begin_phase(task, config: Config, phase: Phase, held_out: list, before: Lear
     return learner
 
 
-def look(args, task, learner: Learner, log: Log, counters: Counters, held_out: list, is_last: bool) -> None:
-    """Once in a while: validation, previews and the loss curve, with EMA weights."""
-    step = counters.total_steps
+def validate(args: argparse.Namespace, task, learner: Learner, log: Log, counters: Counters) -> None:
     with learner.averaged():
-        if is_last or step % args.val_every == 0:
-            result = task.validate()
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
-            log.write({"step": step, **result}, f"held out at step {step}: {shown}")
-            draw_curve(log.path, args.out / "loss.png")
-        if is_last or step % args.preview_every == 0:
-            for i, (batch, _) in enumerate(held_out[: args.num_previews]):
-                path = args.out / "previews" / f"step-{step:06d}-{i}"
-                task.preview(args.out, path, batch, args.preview_steps)
-                print(f"{path}.gif and .png: {batch.caption[0]}", flush=True)
+        result = task.validate()
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
+    log.write({"step": counters.total_steps, **result}, f"held out at step {counters.total_steps}: {shown}")
+    draw_curve(log.path, args.out / "loss.png")
+
+
+def preview(args: argparse.Namespace, task, learner: Learner, counters: Counters, held_out: list) -> None:
+    for i, (batch, _) in enumerate(held_out[: args.num_previews]):
+        path = args.out / "previews" / f"step-{counters.total_steps:06d}-{i}"
+        with learner.averaged():
+            task.preview(args.out, path, batch, args.preview_steps)
+        print(f"{path}.gif and .png: {batch.caption[0]}", flush=True)
 
 
 # ---------------------------------------------------------------- the command line
