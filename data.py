@@ -14,6 +14,7 @@ Errors a user can cause are one sentence with the path in it: OSError where the 
 ValueError where the contents are at fault. Dimension key: f frames, h height, w width, c = 3 colours.
 """
 
+import argparse
 import collections
 import contextlib
 import functools
@@ -21,6 +22,7 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 from checkpoint import atomic_write
 
@@ -156,6 +159,20 @@ def _decode(container, stream, start: float) -> Iterator[tuple[float, av.VideoFr
     yield seconds + duration, None
 
 
+def _shown(path: str | Path, container, stream, start: float) -> Iterator[tuple]:
+    """(from, to, nearest until, frame), in seconds, of each frame from the keyframe before `start` on.
+
+    A frame is nearest up to half-way to its successor, which loses a tie; the last one up to its end.
+    raises ValueError where timestamps jump
+    """
+    slack = 6 * MILLISECOND if container.format.name == "gif" else MILLISECOND  # counts in 1/100 s
+    for (seconds, frame), (following, successor) in itertools.pairwise(_decode(container, stream, start)):
+        if not -1 < following - seconds < 60:
+            raise ValueError(f"{path} has timestamps that jump by {following - seconds:.0f} s")
+        until = (seconds + following + MILLISECOND) / 2 if successor else following - slack
+        yield seconds, following, until, frame
+
+
 def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
     """uint8 h w 3; phones store the sensor's picture and a rotation (degrees counter-clockwise)."""
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
@@ -175,16 +192,10 @@ def read_video(
         return _checked_frames(np.asarray(source), "a clip")[:num_frames]
     frames: list[np.ndarray] = []
     with _open_clip(source) as (container, stream):
-        for (seconds, frame), (following, successor) in itertools.pairwise(_decode(container, stream, start)):
-            if not -1 < following - seconds < 60:
-                raise ValueError(f"{source} has timestamps that jump by {following - seconds:.0f} s")
+        for seconds, _, until, frame in _shown(source, container, stream, start):
             if fps is None:
                 count = int(seconds > start - MILLISECOND)
-            else:  # nearest up to half-way to its successor, which loses a tie; the last one up to its end
-                slack = (
-                    6 * MILLISECOND if container.format.name == "gif" else MILLISECOND
-                )  # counts in 1/100 s
-                until = (seconds + following + MILLISECOND) / 2 if successor else following - slack
+            else:
                 count = max(0, math.ceil((until - start) * fps) - len(frames))
             if count:
                 frames += [_upright_rgb(frame)] * count
@@ -392,7 +403,15 @@ def read_metadata(path: str | Path) -> list[Entry]:
     "control_file_path"; paths are absolute or relative to the file; other fields are ignored.
     raises OSError if there is no such file, ValueError with one line for each mistake in it
     """
-    path = Path(path)
+    entries, mistakes = _scan_metadata(Path(path))
+    if mistakes:
+        lines = mistakes[:100] + [f"and {len(mistakes) - 100} more"] * (len(mistakes) > 100)
+        raise ValueError("\n  ".join([f"{path} cannot be used; mistakes: {len(mistakes)}", *lines]))
+    return entries
+
+
+def _scan_metadata(path: Path) -> tuple[list[Entry], list[str]]:
+    """(the samples that can be used, a line for each mistake)"""
     mistakes: list[str] = []
     entries: dict[Entry, str] = {}
     for where, item in _folder_items(path) if path.is_dir() else _file_items(path):
@@ -404,10 +423,7 @@ def read_metadata(path: str | Path) -> list[Entry]:
             entries[entry] = where
     if not entries and not mistakes:
         mistakes = ["it lists no samples"]
-    if mistakes:
-        lines = mistakes[:100] + [f"and {len(mistakes) - 100} more"] * (len(mistakes) > 100)
-        raise ValueError("\n  ".join([f"{path} cannot be used; mistakes: {len(mistakes)}", *lines]))
-    return list(entries)
+    return list(entries), mistakes
 
 
 def _file_items(path: Path) -> Iterator[tuple[str, object]]:
@@ -566,19 +582,23 @@ def aspect_shapes(size: int) -> list[tuple[int, int]]:
     return sorted({*tall, *((width, height) for height, width in tall)})
 
 
-def choose_bucket(record: Record, plan: Plan, generator: torch.Generator) -> Bucket:
-    """Draw a base size the sample is sharp enough for, then the nearest aspect and the frames that fill both
-    the token budget and no more than the clip.
+def sizes_for(record: Record, plan: Plan) -> list[int]:
+    """The base sizes a sample is sharp enough for: less than 1.25 x the geometric mean of its sides."""
+    return [size for size in plan.resolutions if size < 1.25 * math.sqrt(math.prod(record.size))]
 
-    Sharp enough: less than 1.25 x the geometric mean of its sides; if no size is, the smallest is taken.
-    """
-    own_size = math.sqrt(math.prod(record.size))
-    sizes = [size for size in plan.resolutions if size < 1.25 * own_size] or [min(plan.resolutions)]
-    size = sizes[_integer(generator, 0, len(sizes) - 1)]
+
+def bucket_at(record: Record, plan: Plan, size: int) -> Bucket:
+    """The nearest aspect at a base size, and the frames that fill the token budget, no more than the clip."""
     aspect = math.log(record.size[0] / record.size[1])
     height, width = min(aspect_shapes(size), key=lambda shape: abs(math.log(shape[0] / shape[1]) - aspect))
     max_frames = min(plan.max_frames, record.num_frames)
     return Bucket(frames_for(plan.max_tokens, height, width, max_frames, plan.latent_multiple), height, width)
+
+
+def choose_bucket(record: Record, plan: Plan, generator: torch.Generator) -> Bucket:
+    """Draw one of the base sizes a sample is sharp enough for; if none is, the smallest is taken."""
+    sizes = sizes_for(record, plan) or [min(plan.resolutions)]
+    return bucket_at(record, plan, sizes[_integer(generator, 0, len(sizes) - 1)])
 
 
 def epoch_batches(records: list[Record], plan: Plan, seed: int, epoch: int) -> list[Batch]:
@@ -823,3 +843,120 @@ def collate(samples: list[Sample]) -> Sample:
         torch.tensor(zero),
         torch.stack(control) if all(part is not None for part in control) else None,
     )
+
+
+# ---------------------------------------------------------------- python data.py check META
+
+
+def check_entry(entry: Entry, plan: Plan, fps: float) -> dict:
+    """Decode everything about a sample, and say what training would make of it.
+
+    returns: file; frames and fps as stored; size; the buckets it may be drawn for; lost: why training would
+        lose it, or ""; odd: what one may want to look at
+    """
+    found = {"file": str(entry.path), "frames": None, "fps": None, "size": None, "buckets": [], "lost": ""}
+    found["odd"] = odd = [] if entry.caption.strip() else ["no caption"]
+    try:
+        record = open_record(entry, fps)
+        sizes = sizes_for(record, plan)
+        odd += [] if sizes else [f"tiny: it is enlarged to {min(plan.resolutions)}² pixels"]
+        sizes = sizes or [min(plan.resolutions)]
+        found |= {"size": record.size, "buckets": [bucket_at(record, plan, size) for size in sizes]}
+        room = bucket_at(replace(record, num_frames=plan.max_frames), plan, sizes[0]).num_frames
+        if not entry.is_image and record.num_frames < room:
+            odd.append(f"short: {record.num_frames} frames at {fps:g} fps, where {room} have room")
+        for path in filter(None, (entry.path, entry.control)):
+            num_frames, seconds, notes = 1, math.inf, []
+            if not entry.is_image:
+                num_frames, seconds, notes = _look_through(path, record.num_frames, fps)
+            elif _is_flat(read_image(path)):
+                notes = ["one flat colour"]
+            if path == entry.path:
+                found |= {"frames": num_frames, "fps": round(num_frames / seconds, 3) or None}
+            odd += [note if path == entry.path else f"{path}: {note}" for note in notes]
+    except (ValueError, OSError) as error:
+        found["lost"] = str(error)
+    return found
+
+
+def _look_through(path: Path, num_frames: int, fps: float) -> tuple[int, float, list[str]]:
+    """(frames, seconds, what is odd) of a clip; ValueError unless it has num_frames at fps, of one size."""
+    sizes, gaps, end, missing, num_damaged, is_flat = set(), [], 0.0, num_frames, 0, True
+    with _open_clip(path) as (container, stream):
+        for seconds, end, until, frame in _shown(path, container, stream, 0.0):
+            sizes.add(f"{frame.width}x{frame.height}")
+            gaps.append(1000 * (end - seconds))
+            missing = num_frames - math.ceil(until * fps)
+            num_damaged += frame.is_corrupt
+            is_flat = is_flat and _is_flat(frame.reformat(64, 64, "gray").to_ndarray())
+    if len(sizes) > 1:
+        raise ValueError(f"{path} changes its size on the way ({', '.join(sorted(sizes))}); encode it anew")
+    if missing > 0:
+        raise ValueError(f"{path} ends {missing} frames before its header says; encode it anew")
+    odd = [f"{num_damaged} frames are damaged"] if num_damaged else []
+    if max(gaps) > 1.5 * min(gaps) + 11:  # GIF counts in 1/100 s
+        odd.append(f"its rate varies: frames last {min(gaps):.0f} … {max(gaps):.0f} ms")
+    return len(gaps), end, odd + ["one flat colour"] * is_flat
+
+
+def _is_flat(pixels: np.ndarray) -> bool:
+    return int(np.ptp(pixels)) < 16
+
+
+def _as_text(file: dict) -> str:
+    frames = "1 frame" if file["frames"] == 1 else f"{file['frames'] or '?'} frames"
+    fps = f" at {file['fps']:g} fps" if file["fps"] else ""
+    size, *buckets = ("x".join(map(str, shape)) for shape in (file["size"] or "?", *file["buckets"]))
+    line = f"{file['file']}: {frames}{fps}, {size}, for {', '.join(buckets) or 'nothing'}"
+    return "\n  ".join(
+        [line] + [f"LOST: {file['lost']}"] * bool(file["lost"]) + [f"odd: {x}" for x in file["odd"]]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line: 0 if training would lose nothing, 1 if it would lose some, 2 for misuse."""
+    description = "Decode a whole data set, and report what training would lose or one may want to look at."
+    parser = argparse.ArgumentParser("data.py", description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.error = lambda text: parser.exit(2, f"data.py: error: {' '.join(text.split())}; see --help\n")
+    add = parser.add_argument
+    add("command", choices=["check"])
+    add("meta", metavar="META", type=Path, help="metadata .json or .jsonl, or a folder")
+    add("--resolutions", type=int, nargs="+", default=list(range(512, 1025, 128)), help="base sizes")
+    add("--max-tokens", type=int, default=13312, help="tokens of a clip")
+    add("--num-frames", type=int, default=49, help="most frames of a clip")
+    add("--fps", type=float, default=8.0, help="frames a second training reads at")
+    add("--json", action="store_true", help="print the report as JSON")
+    args = parser.parse_args(argv)
+    if bad := [size for size in args.resolutions if size < 16 or size % 16]:
+        parser.error(f"--resolutions {bad[0]} is not a multiple of 16")
+    if args.num_frames < 1 or args.num_frames % 4 != 1:
+        parser.error(f"--num-frames {args.num_frames}; the VAE needs 4k+1, try 49")
+    if args.max_tokens < 1 or not 0.1 <= args.fps <= 1000:
+        parser.error(f"--max-tokens {args.max_tokens} is below 1, or --fps {args.fps:g} outside 0.1 … 1000")
+    plan = Plan(tuple(sorted(args.resolutions)), args.max_tokens, args.max_tokens, args.num_frames)
+    try:
+        entries, mistakes = _scan_metadata(args.meta)
+    except OSError as error:
+        parser.error(str(error))
+    if not entries:
+        parser.error(f"{args.meta} cannot be used: {'; '.join(mistakes[:3])}")
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(check_entry, entry, plan, args.fps) for entry in entries]
+        try:
+            files = [job.result() for job in tqdm(jobs, "decoding", unit="file", disable=None)]
+        finally:
+            pool.shutdown(cancel_futures=True)  # or control-c would wait for all of them
+    num_lost, num_odd = (sum(bool(file[key]) for file in files) for key in ("lost", "odd"))
+    counts = {"samples": len(files), "lost": num_lost, "odd": num_odd, "mistakes": len(mistakes)}
+    if args.json:
+        print(json.dumps(counts | {"mistakes": mistakes, "files": files}, indent=2))
+    else:
+        lines = [*map(_as_text, files), *(f"{args.meta}: {mistake}" for mistake in mistakes)]
+        lines.append(", ".join(f"{name}: {count}" for name, count in counts.items()))
+        print("\n".join(lines).encode(errors="backslashreplace").decode())
+    return int(bool(num_lost or mistakes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
