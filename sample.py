@@ -53,6 +53,7 @@ from checkpoint import (
 )
 from data import read_image, read_mask, read_video, resize, to_pixels, to_uint8, write_video
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
+from lora import load_lora, read_lora
 from text_encoder import ALIASES, T5Config, T5Encoder, Tokenizer
 from transformer import (
     TransformerConfig,
@@ -89,6 +90,7 @@ class Models:
         self.schedule = Schedule.from_pretrained(model_dir)
         self.tokenizer = Tokenizer.from_pretrained(model_dir)
         self.loaded: dict[str, nn.Module] = {}  # put a module here to use it in place of the folder's
+        self.loras: list[tuple[str | Path, float]] = []  # (file, weight), merged into the transformer
         self.seconds: dict[str, float] = {}  # spent in each stage so far
 
     @functools.cached_property
@@ -107,6 +109,8 @@ class Models:
             folder = component_dir(self.model_dir, name)
             module = build(network, config_class, folder)
             check_weights(module, folder, ALIASES if name == "text_encoder" else {})
+            for file, _ in self.loras if name == "transformer" else []:
+                read_lora(module, file)
             counts[name] = sum(p.numel() for p in module.parameters())
             configs[name] = module.config
         t5, vae, dit = configs.values()
@@ -124,16 +128,20 @@ class Models:
 
     @contextlib.contextmanager
     def use(self, name: str, stage: str) -> Iterator[nn.Module]:
-        """One network (text_encoder, vae or transformer), loaded for the block; timed as `stage`."""
+        """One network (text_encoder, vae or transformer), loaded for the block and timed as `stage`.
+
+        One that is there already, from a block around this one for instance, is used and left as it is.
+        """
+        if name in self.loaded:
+            yield self.loaded[name]
+            return
         start = time.perf_counter()
-        borrowed = name in self.loaded
-        if not borrowed:
-            torch.cuda.empty_cache()  # what the stage before has left; a no-op without a GPU
-            self.loaded[name] = self._load(name)
+        torch.cuda.empty_cache()  # what the stage before has left; a no-op without a GPU
+        self.loaded[name] = self._load(name)
         try:
             yield self.loaded[name]
         finally:
-            if not (borrowed or self.keep):
+            if not self.keep:
                 del self.loaded[name]
             self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
 
@@ -141,7 +149,10 @@ class Models:
         if name == "text_encoder":  # if it goes again at once, its layers need not be in memory together
             return T5Encoder.from_pretrained(self.model_dir, self.dtype, self.device, stream=not self.keep)
         network = {"vae": VideoVAE, "transformer": VideoTransformer}[name]
-        return network.from_pretrained(self.model_dir, self.dtype, self.device)
+        module = network.from_pretrained(self.model_dir, self.dtype, self.device)
+        for file, weight in self.loras if name == "transformer" else []:
+            load_lora(module, file, weight)
+        return module
 
 
 def load_models(
@@ -149,13 +160,17 @@ def load_models(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     keep: bool = False,
+    loras: list[tuple[str | Path, float]] = [],
 ) -> Models:
     """Look at a checkpoint folder; its networks are loaded when `generate` first uses them.
 
     keep: leave them in memory afterwards, for a next call
+    loras: files and how much each counts, see `lora.load_lora`
     raises ValueError or OSError if the folder is not a complete checkpoint
     """
-    return Models(model_dir, dtype, device, keep)
+    models = Models(model_dir, dtype, device, keep)
+    models.loras = list(loras)
+    return models
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -590,6 +605,7 @@ def make_record(models: Models, job: Job, fps: float) -> dict:
         **{name: value for name, value in (asked | decided).items() if name not in ("latents", "randn")},
         "fps": fps,
         "model": str(models.model_dir),
+        "lora": [f"{file}:{weight:g}" for file, weight in models.loras],
         "kind": models.kind,
         "dtype": str(models.dtype)[6:],
         "device": str(models.device),
@@ -674,6 +690,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--guidance-interval", "timesteps to guide, 999 the noisiest", type=int, nargs=2)
     add("--noise-aug-strength", "noise on given pictures", type=float)
     add("--sampler", "default: the model's", choices=list(SAMPLERS))
+    add("--lora", "add what was fine-tuned, WEIGHT times (default 1)", nargs="+", metavar="FILE[:WEIGHT]")
     add("--seed", "one or several; a seed makes the same video again; default: drawn", type=int, nargs="+")
     add("--num-videos", "videos per prompt, with seeds counted up from --seed", type=int, default=1)
     add("--fps", "rate clips are read at and videos are written at", type=float, default=FPS)
@@ -706,6 +723,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not 0.1 <= args.fps <= 1000:
         parser.error(f"--fps {args.fps} is outside 0.1 … 1000; the models are trained at {FPS}")
     return args
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """(file, weight) of FILE or FILE:WEIGHT; ValueError for a weight out of all bounds."""
+    file, _, number = text.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = None
+    if not file or weight is None or Path(text).is_file():  # a name may hold a colon
+        return Path(text), 1.0
+    if not abs(weight) <= 100:  # true of NaN, too
+        raise ValueError(f"--lora {text}: the weight {weight:g} is outside -100 … 100; 1 is usual")
+    return Path(file), weight
 
 
 def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
@@ -751,7 +782,8 @@ def sample(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tuple[
     They are saved before decoding starts, so that a kill then loses nothing.
     """
     device, dtype = choose_device(args.device, args.dtype)
-    models = load_models(find_model(args.model), dtype, device)
+    loras = [parse_lora(text) for text in args.lora or []]
+    models = load_models(find_model(args.model), dtype, device, loras=loras)
     jobs = make_jobs(models, args)
     target = Path(args.out)
     check_out(target)
@@ -795,11 +827,12 @@ def run(args: argparse.Namespace) -> None:
             print(str(text).encode(errors="backslashreplace").decode())  # names of files may be no Unicode
 
     models, results = reopen(args) if args.from_latents else sample(args, say)
-    for path, latents, record in results:
-        write_video(make_frames(models, latents, progress=not args.quiet), path, args.fps)
-        with atomic_write(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(record | {"seconds": models.seconds}, indent=2) + "\n")
-        say(path)
+    with models.use("vae", "decode"):  # once for all
+        for path, latents, record in results:
+            write_video(make_frames(models, latents, progress=not args.quiet), path, args.fps)
+            with atomic_write(path.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(record, indent=2) + "\n")
+            say(path)
     say(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in models.seconds.items()))
 
 

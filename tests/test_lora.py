@@ -1,6 +1,7 @@
 """LoRA: unmerged equals merged, files of three formats, diffusers with peft gives the same velocity."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_transformer import TINY, random_inputs, random_model
 from torch import nn
 
+import sample
 from lora import TARGETS, add_lora, load_lora, merge_lora, read_lora, save_lora
 from transformer import VideoTransformer
 
@@ -284,3 +286,46 @@ def test_what_diffusers_saves_gives_the_same_here(dit, tmp_path, with_notes):
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     load_lora(dit, path)
     assert_close(velocity(dit), their_velocity(pipeline, dit), TOLERANCE)
+
+
+# ---------------------------------------------------------------- python sample.py --lora
+
+MODEL = GOLDENS / "fun-2b-inp"
+
+
+def sampled(path, *argv: object) -> torch.Tensor:
+    """The latents a run of sample.py leaves."""
+    flags = ["--seed=1", "--num-steps=2", "--num-frames=1", "--quiet", "--out", path.with_suffix(".png")]
+    assert sample.main(["a cat", *map(str, flags), *map(str, argv)]) == 0
+    return load_file(path.with_suffix(".safetensors"))["latents"]
+
+
+def test_sampling_with_several_loras_is_sampling_with_the_merged_model(tmp_path):
+    merged = VideoTransformer.from_pretrained(MODEL)
+    files = [tmp_path / "one.safetensors", tmp_path / "two:2.safetensors"]  # a colon is no weight
+    for file, weight in zip(files, (0.4, 1.0)):
+        save_lora(trained(VideoTransformer.from_pretrained(MODEL)), file)
+        load_lora(merged, file, weight)
+    shutil.copytree(MODEL, tmp_path / "merged")
+    merged.save_pretrained(tmp_path / "merged")
+    with_loras = sampled(tmp_path / "a", "--model", MODEL, "--lora", f"{files[0]}:0.4", files[1])
+    assert torch.equal(with_loras, sampled(tmp_path / "b", "--model", tmp_path / "merged"))
+    assert not torch.equal(with_loras, sampled(tmp_path / "c", "--model", MODEL))
+    again = json.loads((tmp_path / "a.json").read_text())["lora"]
+    assert torch.equal(with_loras, sampled(tmp_path / "d", "--model", MODEL, "--lora", *again))
+
+
+def test_a_lora_that_cannot_be_used_stops_the_run_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample.Models, "_load", None)
+    save_lora(trained(random_model(TINY)), tmp_path / "other.safetensors")
+    for given, message in (
+        (tmp_path / "nowhere.safetensors", "nowhere.safetensors is missing"),
+        (tmp_path / "other.safetensors:0.5", "no LoRA for this transformer (mis-shaped"),
+        (tmp_path / "other.safetensors:many", "other.safetensors:many is missing"),
+        (tmp_path / "other.safetensors:nan", "outside -100 … 100"),
+        (tmp_path / "other.safetensors:101", "outside -100 … 100"),
+    ):
+        argv = ["x", "--model", MODEL, "--lora", given, "--out", tmp_path / "x.png", "--num-frames", 1]
+        assert sample.main(list(map(str, argv))) == 2
+        errors = capsys.readouterr().err
+        assert message in errors and errors.count("\n") == 1
