@@ -194,11 +194,12 @@ TINY = Config(
 TINY_VAE = replace(
     TINY,
     train="vae",
-    phases=(Phase((64, 96, 128), 80, 4, 6000, 1e-3, 1e-5),),
-    batch_size=4,
+    # Mostly 64 x 64, where 80 tokens are a whole clip; small steps, as one video is many pixels.
+    phases=(Phase((64, 64, 64, 96, 128), 80, 2, 12_000, 1e-3, 1e-5),),
+    batch_size=2,
     draws_per_clip=1,
     weight_decay=0.0,
-    ema_decay=0.998,
+    ema_decay=0.999,
 )
 FUN_VAE = replace(
     FUN_2B, train="vae", phases=(Phase(SIZES_512, 13312, 8, 7000, 2e-5, 2e-6),), max_grad_norm=1.0
@@ -1133,7 +1134,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / (args.preset + ("-vae" if args.train == "vae" else ""))
     if not args.model and args.preset == "tiny" and args.train == "dit":
-        args.model = Path("runs/tiny-vae")  # what --train vae makes
+        args.model = "runs/tiny-vae"  # what --train vae makes
+        if not Path(args.model).is_dir():
+            raise ValueError(
+                f"there is no {args.model} yet; run --train vae first, or give --model a folder with vae/"
+            )
     args.model = find_model(args.model) if args.model else None
     return args, make_config(args)
 

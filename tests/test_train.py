@@ -483,3 +483,9 @@ def test_flags_replace_the_presets_values():
 def test_a_step_that_cannot_be_cut_into_micro_batches_is_refused(capsys):
     assert main(["--preset", "fun-2b", "--model", str(INPAINT), "--data", "x.json", "--batch-size", "3"]) == 2
     assert "micro-batches of 3" in capsys.readouterr().err
+
+
+def test_the_tiny_transformer_asks_for_its_vae_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--preset", "tiny"]) == 2
+    assert "--train vae first" in capsys.readouterr().err
