@@ -605,7 +605,7 @@ def make_record(models: Models, job: Job, fps: float) -> dict:
         **{name: value for name, value in (asked | decided).items() if name not in ("latents", "randn")},
         "fps": fps,
         "model": str(models.model_dir),
-        "lora": [f"{file}:{weight:g}" for file, weight in models.loras],
+        "lora": [f"{file}:{weight}" for file, weight in models.loras],
         "kind": models.kind,
         "dtype": str(models.dtype)[6:],
         "device": str(models.device),

@@ -303,12 +303,12 @@ def sampled(path, *argv: object) -> torch.Tensor:
 def test_sampling_with_several_loras_is_sampling_with_the_merged_model(tmp_path):
     merged = VideoTransformer.from_pretrained(MODEL)
     files = [tmp_path / "one.safetensors", tmp_path / "two:2.safetensors"]  # a colon is no weight
-    for file, weight in zip(files, (0.4, 1.0)):
+    for file, weight in zip(files, (0.4321987, 1.0)):
         save_lora(trained(VideoTransformer.from_pretrained(MODEL)), file)
         load_lora(merged, file, weight)
     shutil.copytree(MODEL, tmp_path / "merged")
     merged.save_pretrained(tmp_path / "merged")
-    with_loras = sampled(tmp_path / "a", "--model", MODEL, "--lora", f"{files[0]}:0.4", files[1])
+    with_loras = sampled(tmp_path / "a", "--model", MODEL, "--lora", f"{files[0]}:0.4321987", files[1])
     assert torch.equal(with_loras, sampled(tmp_path / "b", "--model", tmp_path / "merged"))
     assert not torch.equal(with_loras, sampled(tmp_path / "c", "--model", MODEL))
     again = json.loads((tmp_path / "a.json").read_text())["lora"]
