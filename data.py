@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from checkpoint import atomic_write
 
+MAX_PIXELS, MAX_CLIP_PIXELS = 2**26, 2**31  # 8192x8192, and 64 of them: a small file may claim anything
 MILLISECOND = 1e-3  # what containers round timestamps to: instants closer than that are the same
 Picture = str | Path | Image.Image | np.ndarray | Tensor  # arrays are uint8
 Clip = str | Path | np.ndarray | Tensor
@@ -61,8 +62,12 @@ def read_image(source: Picture) -> np.ndarray:
     _must_exist(source)
     try:
         with Image.open(source) as picture:
+            if math.prod(picture.size) > MAX_PIXELS:
+                raise OverflowError(f"{picture.width}x{picture.height}, try at most 8192x8192")
             is_clip = picture.format in ("GIF", "PNG", "WEBP") and getattr(picture, "n_frames", 1) > 1
             rgb = _to_rgb(picture)
+    except (OverflowError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{source} is too large ({error})") from None
     except Exception as error:  # PIL's decoders raise nearly anything on damaged files
         raise ValueError(
             f"{source} is empty, damaged or no picture ({type(error).__name__}); give a .png or .jpg"
@@ -197,6 +202,9 @@ def read_video(
                 count = int(seconds > start - MILLISECOND)
             else:
                 count = max(0, math.ceil((until - start) * fps) - len(frames))
+            pixels, held = frame.width * frame.height, min(len(frames) + count, num_frames or 2**31)
+            if pixels > MAX_PIXELS or pixels * held > MAX_CLIP_PIXELS:
+                raise ValueError(f"{source} is too large, {frame.width}x{frame.height}; make it smaller")
             if count:
                 frames += [_upright_rgb(frame)] * count
             if num_frames is not None and len(frames) >= num_frames:

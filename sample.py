@@ -617,11 +617,13 @@ def make_record(models: Models, job: Job, fps: float) -> dict:
     }
 
 
-def check_out(target: Path) -> None:
-    """ValueError or OSError for an ending or a place that cannot be written; leaves no trace."""
+def check_out(target: Path, inputs: list[str | None] = []) -> None:
+    """ValueError or OSError for an ending or a place that cannot be written, or an input; leaves no trace."""
     is_file = target.suffix and not target.is_dir()
     if is_file and target.suffix.lower() not in (".mp4", ".gif", ".png"):
         raise ValueError(f"--out {target}: files end in .mp4, .gif or .png; a folder has no ending")
+    if is_file and target.exists() and any(target.samefile(path) for path in inputs if path):
+        raise ValueError(f"--out {target} is an input, which would be lost; choose another name")
     absolute = os.fsencode(target.absolute())
     if len(absolute) > 3000 or max(map(len, absolute.split(b"/"))) > 200:  # leaves room for endings
         raise ValueError(f"--out {target}: the name is too long; choose a shorter one")
@@ -786,7 +788,7 @@ def sample(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tuple[
     models = load_models(find_model(args.model), dtype, device, loras=loras)
     jobs = make_jobs(models, args)
     target = Path(args.out)
-    check_out(target)
+    check_out(target, [args.end_image, args.video, args.mask, args.control_video, *(args.image or [])])
     needs = estimate_bytes(models, jobs[0].latent_shape(models.vae_config.latent_channels))
     check_memory(needs, device)
     say(describe(models, jobs, needs))

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import stat
+import struct
 import sys
 import weakref
 from pathlib import Path
@@ -420,6 +421,7 @@ PICTURE, CLIP = ["--image", "../media/picture.png"], ["--video", "../media/clip.
         (INPAINT, "--out ../media/text.png/a.mp4", ["cannot write in", "choose another place"]),
         (INPAINT, "--out /proc/new/a.mp4", ["--out /proc/new/a.mp4", "choose another place"]),
         (INPAINT, ["--out", "n" * 250 + ".mp4"], ["too long"]),
+        (INPAINT, [*CLIP, "--out", "../media/clip.mp4"], ["clip.mp4 is an input", "another name"]),
         (INPAINT, ["--image", "a\0b"], ["NUL"]),
         (INPAINT, ["--image", "a\nb\u2028c"], ["a b c does not exist"]),
         (INPAINT, "--from-latents a.safetensors", ["a prompt", "--from-latents FILE without one"]),
@@ -442,6 +444,16 @@ def test_a_prompt_is_needed(capfd):
 def test_a_broken_link_is_no_place_to_write_to(capfd):
     Path("link").symlink_to("nowhere")
     assert "cannot write in" in refused(capfd, "x", "--model", INPAINT, "--out", "link/a.mp4")
+
+
+def test_a_small_file_that_claims_a_large_picture_is_refused(capfd):
+    """71 bytes that would take half a GB a frame, and 49 frames."""
+    pixel = b"\x21\xf9\x04\0\x0c\0\0\0\x2c\0\0\0\0\1\0\1\0\0\2\2\x44\1\0"
+    for side, what in ((9000, "too large"), (60000, "claims.gif")):
+        header = b"GIF89a" + struct.pack("<HH", side, side) + b"\x80\0\0\0\0\0\xff\xff\xff"
+        Path("claims.gif").write_bytes(header + pixel * 3 + b";")
+        assert what in refused(capfd, "x", "--model", INPAINT, "--video", "claims.gif")
+        assert what in refused(capfd, "x", "--model", INPAINT, "--image", "claims.gif")
 
 
 def test_memory_that_runs_out_is_one_line(capfd, monkeypatch):
