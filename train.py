@@ -666,13 +666,22 @@ def save_checkpoint(out: Path, task, learner: Learner, counters: Counters, setti
         last = newest_checkpoint(out)
         kept = f"{last} is intact: make room and --resume" if last else "there is no earlier checkpoint"
         raise OSError(f"cannot save {target} ({error.strerror or error}); {kept}") from None
-    for name in learner.modules:
-        link_folder(target / name, out / name)
-    checkpoints = sorted(path for path in (out / "checkpoints").iterdir() if path.name.startswith("step-"))
-    for path in checkpoints[:-keep]:
+    publish(out, target, keep)
+    return target
+
+
+def publish(out: Path, newest: Path, keep: int) -> None:
+    """OUT shows the weights of its newest checkpoint, and the last `keep` checkpoints stay."""
+    for name in COMPONENTS:
+        if (newest / name).is_dir():
+            link_folder(newest / name, out / name)
+    for path in sorted((out / "checkpoints").glob("step-*"), key=step_of)[:-keep]:
         path = path.rename(path.with_name(f".{path.name}.old"))  # so that half of one is never taken for one
         shutil.rmtree(path)
-    return target
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def newest_checkpoint(out: Path) -> Path | None:
@@ -683,7 +692,7 @@ def newest_checkpoint(out: Path) -> Path | None:
     for torn in folder.glob(".*"):
         shutil.rmtree(torn, ignore_errors=True)
     complete = [path for path in folder.glob("step-*") if (path / "training" / "state.json").is_file()]
-    return max(complete, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    return max(complete, key=step_of, default=None)
 
 
 # ---------------------------------------------------------------- data
@@ -1071,6 +1080,7 @@ def begin_or_resume(args: argparse.Namespace, config: Config, settings: dict) ->
             "repeat the settings to resume, or start a new run from it with --model"
         )
     print(f"resuming from {newest}")
+    publish(args.out, newest, args.keep)  # the kill may have come between saving and this
     return newest
 
 

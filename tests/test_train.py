@@ -195,16 +195,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path):
     assert not list((parts / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("moment", ["save_weights", "draw_curve"])  # inside a save, and before it
+@pytest.mark.parametrize("moment", ["save_weights", "draw_curve", "publish"])  # in a save, before, after
 def test_a_kill_leaves_the_last_checkpoint_to_resume_from(tmp_path, moment):
     out = tmp_path / "out"
     assert run(out, "--num-steps", 3) == 0
     argv = [*SMALL, "--model", str(INPAINT), "--out", str(out), "--resume", "--num-steps", "6"]
-    code = f"import os, signal, train\ntrain.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+    kill = "lambda out, path, keep: path.name == 'step-000003' or " if moment == "publish" else "lambda *_: "
+    code = f"import os, signal, train\ntrain.{moment} = {kill}os.kill(os.getpid(), signal.SIGKILL)\n"
     code += f"train.main({argv})"
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    assert newest_checkpoint(out).name == "step-000003"
+    assert newest_checkpoint(out).name == ("step-000006" if moment == "publish" else "step-000003")
     assert run(out, "--num-steps", 6, "--resume") == 0
     assert run(tmp_path / "whole", "--num-steps", 6) == 0
     assert (out / TRANSFORMER).read_bytes() == (tmp_path / "whole" / TRANSFORMER).read_bytes()
