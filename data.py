@@ -316,16 +316,14 @@ def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
     if height % 2 or width % 2:
         raise ValueError(f"{width}x{height} frames do not fit .mp4, which needs even sizes; write a .gif")
     with av.open(path, "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream(
-            "libx264",
-            rate=Fraction(fps).limit_denominator(1001),
-            options={"crf": "17", "threads": "1"},  # no visible loss; the same bytes on any number of cores
-        )
+        # No visible loss, and always the same bytes: one thread on any machine, and no mbtree, whose look ahead
+        # was seen to read memory that nobody wrote.
+        options = {"crf": "17", "threads": "1", "mbtree": "0"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.colorspace = stream.codec_context.color_range = (
-            1  # say which matrix (BT.709, limited),
-        )
-        stream.codec_context.color_primaries = stream.codec_context.color_trc = 1  # or players will guess
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709 …
+        codec.color_range = 1  # … in limited range, said so that players need not guess
         for chunk in itertools.chain([first], chunks):
             for frame in chunk:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
