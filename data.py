@@ -316,8 +316,8 @@ def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
     if height % 2 or width % 2:
         raise ValueError(f"{width}x{height} frames do not fit .mp4, which needs even sizes; write a .gif")
     with av.open(path, "w", options={"movflags": "faststart"}) as container:
-        # No visible loss, and always the same bytes: one thread on any machine, and no mbtree, whose look ahead
-        # was seen to read memory that nobody wrote.
+        # No visible loss, and always the same bytes: one thread on any machine, and no mbtree, whose look
+        # ahead was seen to read memory that nobody wrote.
         options = {"crf": "17", "threads": "1", "mbtree": "0"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
