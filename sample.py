@@ -527,7 +527,7 @@ def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
     """Peak memory of each stage, weights and activations, for latents b c f' h' w'.
 
     The factors are measured: growth of the peak on a CPU, official VAE (9 frames), 2B width (49 frames),
-    128x128 and 192x192, fp32 and bf16. The VAE's are right there within a tenth, the transformer's at most 1.5
+    128x128 and 192x192, fp32 and bf16. There the VAE is right within a tenth, the transformer at most 1.5
     times too high.
     """
     size, dit = models.dtype.itemsize, models.transformer_config
