@@ -92,7 +92,14 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _must_exist(path: str | Path) -> None:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}")
+        problem = (
+            "is a folder"
+            if Path(path).is_dir()
+            else "is no file"
+            if Path(path).exists()
+            else "does not exist"
+        )
+        raise FileNotFoundError(f"{path or 'an empty name'} {problem}; give the path of a file")
 
 
 def resize(
