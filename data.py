@@ -92,13 +92,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _must_exist(path: str | Path) -> None:
     if not Path(path).is_file():
-        problem = (
-            "is a folder"
-            if Path(path).is_dir()
-            else "is no file"
-            if Path(path).exists()
-            else "does not exist"
-        )
+        problem = "is a folder" if Path(path).is_dir() else "does not exist as a file"
         raise FileNotFoundError(f"{path or 'an empty name'} {problem}; give the path of a file")
 
 
