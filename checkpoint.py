@@ -147,7 +147,8 @@ def component_dir(model_dir: str | Path, name: str, marker: str = "config.json")
         return model_dir
     if not model_dir.is_dir():
         raise FileNotFoundError(f"{model_dir} is not a folder; give a checkpoint folder that holds {name}/")
-    raise FileNotFoundError(f"{model_dir} is not a checkpoint folder: it has neither {name}/ nor {marker}")
+    raise FileNotFoundError(f"{model_dir} is not a checkpoint folder: it has neither {name}/ nor {marker}; "
+                            "give the folder that holds transformer/, vae/ and the others")  # fmt: skip
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -316,8 +317,15 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """`target` becomes another name of the file `source`, or a copy where the disk knows no hard links."""
+def link(source: Path, target: Path) -> None:
+    """`target` becomes another name of the file `source`, or a copy where the disk knows no hard links; of a
+    folder, each file in it does."""
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        for path in source.iterdir():
+            if not path.name.startswith("."):
+                link(path, target / path.name)
+        return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -375,6 +383,76 @@ def save_weights(
         index.unlink(missing_ok=True)
     for stale in set(folder.glob(f"{stem}*.safetensors")) - {folder / name for name in names}:
         stale.unlink()  # a model saved before with another number of shards
+
+
+# ---------------------------------------------------------------- the folder of a training run
+
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+PIPELINES = {
+    16: "CogVideoXPipeline",
+    32: "CogVideoX_Fun_Pipeline_Control",
+    33: "CogVideoX_Fun_Pipeline_Inpaint",
+}
+MODEL_INDEX = {
+    "_class_name": PIPELINES[33],
+    "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+}
+
+
+def write_model_index(out: Path, model_dir: Path | None, in_channels: int | None) -> None:
+    """OUT/model_index.json: as in model_dir where there is one; in_channels: where the transformer grew."""
+    given = model_dir / "model_index.json" if model_dir else None
+    index = {**MODEL_INDEX, **(read_json(given) if given and given.is_file() else {})}
+    index["_class_name"] = PIPELINES.get(in_channels, index["_class_name"])
+    with atomic_write(out / "model_index.json") as temporary:
+        temporary.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The last complete one of OUT/checkpoints; what a kill left half-written has a dot in front and goes."""
+    for torn in (out / "checkpoints").glob(".*"):
+        shutil.rmtree(torn, ignore_errors=True)
+    complete = (path.parent.parent for path in (out / "checkpoints").glob("step-*/training/state.json"))
+    return max(complete, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+@contextlib.contextmanager
+def new_checkpoint(out: Path, step: int, keep: int) -> Iterator[Path]:
+    """OUT/checkpoints/step-…, to be filled with what changed: it appears complete or not at all, with what it
+    lacks linked from OUT. Then OUT shows its weights, and older ones go.
+
+    raises OSError if there is no room; what was there before is untouched then
+    """
+    target = out / "checkpoints" / f"step-{step:06d}"
+    try:
+        with atomic_dir(target) as folder:
+            yield folder
+            for name in (*COMPONENTS, "model_index.json"):
+                if (out / name).exists() and not (folder / name).exists():
+                    link(out / name, folder / name)
+    except OSError as error:
+        last = newest_checkpoint(out)
+        kept = f"{last} is intact: make room and --resume" if last else "there is no earlier checkpoint"
+        raise OSError(f"cannot save {target} ({error.strerror or error}); {kept}") from None
+    publish(out, target, keep)
+
+
+def publish(out: Path, newest: Path, keep: int) -> None:
+    """OUT shows the weights of its newest checkpoint, and the last `keep` checkpoints stay."""
+    for path in newest.iterdir():
+        if path.name != "training":
+            link(path, out / path.name)
+    for path in sorted((out / "checkpoints").glob("step-*"), key=_step_of)[:-keep]:
+        path = path.rename(path.with_name(f".{path.name}.old"))  # so that half of one is never taken for one
+        shutil.rmtree(path)
 
 
 # ---------------------------------------------------------------- one component, in and out

@@ -12,11 +12,13 @@ in its global batch. So the state of a run is a few counters beside weights, mom
 killed and resumed ends with the same bytes as one that is not.
 
     OUT/  transformer/ vae/ text_encoder/ …    a checkpoint of EMA weights: sample.py --model OUT
-          checkpoints/step-000200/             the same folders, and training/ for --resume
+          lora.safetensors                     in place of new weights, with --lora-rank
+          checkpoints/step-000200/             the same, and training/ for --resume
           log.jsonl  loss.png  previews/
 
-The tiny preset does one thing more than the report it scales down: its small text encoder is trained together
-with the transformer in phase one, and frozen afterwards.
+Where to look: the loop is `train`, near the end. Losses: `denoising_losses`, `reconstruction_losses`. Masks:
+applied in `Denoising.encode`. Learning rate: `learning_rate`. Checkpoints: `Run.save`, `Learner.state`. A new
+preset goes into `PRESETS`.
 
 Reports: CogVideoX-Fun v1 (token lengths, phases); reference: CogVideoX-Fun scripts/train.py.
 Dimension key: b batch, c channels, f frames, h w height and width, L text tokens, d text width.
@@ -29,6 +31,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -41,52 +44,28 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+import checkpoint
+import data
 import sample
 import shapes
-from checkpoint import (
-    atomic_dir,
-    atomic_write,
-    link_or_copy,
-    read_json,
-    read_tensors,
-    save_weights,
-    weight_files,
-)
-from data import (
-    Batch,
-    Loader,
-    Plan,
-    Record,
-    Sample,
-    add_reference_noise,
-    bucket_table,
-    draw_noise_sigma,
-    epoch_batches,
-    open_records,
-    read_metadata,
-    rng,
-    to_uint8,
-    write_video,
-)
+from data import Batch, Loader, Plan, Record, Sample, epoch_batches, rng, to_uint8, write_video
 from diffusion import NUM_TIMESTEPS, Schedule
-from sample import Parser, find_model
 from text_encoder import T5Config, T5Encoder, Tokenizer
-from transformer import (
-    TransformerConfig,
-    VideoTransformer,
-    grow_input_channels,
-    max_num_frames,
-    model_kind,
-)
+from transformer import TransformerConfig, VideoTransformer, grow_input_channels, max_num_frames, model_kind
 from vae import VAEConfig, VideoVAE, inpaint_condition
 
 Key = tuple[int, int, int]  # (seed, epoch, sample index): what every draw is a function of
-COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 VALIDATION_EPOCH = -1  # so that validation never shares a draw with training
 BANDS = (100, 300, 500, 700, 900)  # timesteps validated at: the middles of five bands
+LORA = "lora.safetensors"
 
 
 # ---------------------------------------------------------------- what a run is
+
+
+def check(holds: object, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -95,9 +74,7 @@ class Phase:
 
     resolutions: tuple[int, ...]  # base sizes, mixed
     max_tokens: int  # of one clip
-    global_batch: (
-        int  # clips of max_tokens in one step of the optimizer; cheaper shapes come in larger numbers
-    )
+    global_batch: int  # clips of max_tokens in a step; cheaper shapes come in larger numbers
     num_steps: int
     lr: float
     final_lr: float  # reached by a half cosine; the same as lr: constant
@@ -113,98 +90,62 @@ class Config:
     max_frames: int = 49
     fps: float = 8.0
     batch_size: int = 1  # clips of max_tokens in a micro-batch; global_batch / batch_size of them are a step
-    draws_per_clip: int = (
-        1  # noises and timesteps per encoded clip: encoding a clip costs more than a small DiT
-    )
+    draws_per_clip: int = 1  # noises and timesteps for each: encoding a clip costs more than a small DiT
     warmup_steps: int = 100  # in each phase
     weight_decay: float = 0.03
     adam_eps: float = 1e-10
     max_grad_norm: float = 0.05
-    ema_decay: float = 0.9999  # less at first, see `update_ema`; 0: no EMA
-    position: str | None = (
-        None  # "interpolate" or "regenerate" off the native grid; None: the model's own rule
-    )
-    in_channels: int | None = None  # of the transformer; None: as it is. More than it has: grown with zeros
+    wide_clip_steps: int | None = None  # the reference's clipping over time, see `clip_norm`; None: constant
+    ema_decay: float = 0.9999  # less at first, see `Learner.update_ema`; 0: no EMA
+    position: str | None = None  # sincos off the native grid, "interpolate" or "regenerate"; None: as it is
+    in_channels: int | None = None  # of the transformer, grown with zeros; None: as it is
+    lora_rank: int | None = None  # learn thin matrices beside the transformer's, not its weights; see lora.py
+    lora_alpha: float | None = None  # None: the rank
     kl_weight: float = 1e-5  # of --train vae
     seed: int = 0
     num_shapes: int = 20_000  # clips in an epoch of --data shapes
-    dit: TransformerConfig = dataclasses.field(
-        default_factory=TransformerConfig
-    )  # where there is none to start from
+    dit: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)  # if there is none yet
     vae: VAEConfig | None = None  # likewise; None: there has to be one
     t5: T5Config | None = None
 
 
-SIZES_512, SIZES_768, SIZES_1024 = ((tuple(range(low, 1025, 128))) for low in (512, 768, 1024))
+SIZES_512, SIZES_768, SIZES_1024 = (tuple(range(low, 1025, 128)) for low in (512, 768, 1024))
 FUN_2B = Config(
     phases=(  # the report's
         Phase(SIZES_512, 13312, 128, 7000, 2e-5, 2e-5),
         Phase(SIZES_768, 29952, 256, 6500, 2e-5, 2e-5),
         Phase(SIZES_1024, 53248, 128, 5000, 2e-5, 2e-5),
     ),
+    # This and the defaults above are what the reference's commands train its models with (README_TRAIN.md and
+    # scripts/train.sh: lr 2e-5, constant after 100 steps of warm-up; weight decay 3e-2, eps 1e-10, norm 0.05)
+    # and the clipping of its train.py, whose own defaults (1e-4, 500, 1e-2, 1e-8, 1.0) they override.
+    wide_clip_steps=1000,
     dit=TransformerConfig(in_channels=33),
 )
-FUN_5B = replace(
-    FUN_2B,
-    dit=TransformerConfig(
-        in_channels=33, num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True
-    ),
-)
+FUN_5B_DIT = replace(FUN_2B.dit, num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
+FUN_5B = replace(FUN_2B, dit=FUN_5B_DIT)
+FUN_VAE = replace(FUN_2B, train="vae", phases=(Phase(SIZES_512, 13312, 8, 7000, 2e-5, 2e-6),),
+                  max_grad_norm=1.0, wide_clip_steps=None)  # fmt: skip
 TINY = Config(
     phases=(
         Phase((64, 96, 128), 80, 16, 10_000, 1e-3, 5e-4, train_text=True),
         Phase((64, 96, 128), 180, 16, 4000, 5e-4, 2e-4),
         Phase((64, 96, 128), 320, 16, 2000, 2e-4, 1e-5),
     ),
-    max_frames=17,
-    batch_size=8,
-    draws_per_clip=4,
-    adam_eps=1e-8,
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    ema_decay=0.999,
-    dit=TransformerConfig(
-        in_channels=33,
-        num_attention_heads=4,
-        num_layers=6,
-        time_embed_dim=128,
-        text_embed_dim=128,
-        max_text_seq_length=24,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=17,
-    ),
-    vae=VAEConfig(
-        block_out_channels=[16, 32, 32, 64],
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_height=256,
-        sample_width=256,
-        scaling_factor=1.0,
-    ),
-    t5=T5Config(
-        vocab_size=shapes.make_tokenizer().get_vocab_size(),
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=2,
-        num_heads=4,
-    ),
-)
-TINY_VAE = replace(
-    TINY,
-    train="vae",
-    # Mostly 64 x 64, where 80 tokens are a whole clip; small steps, as one video is many pixels.
-    phases=(Phase((64, 64, 64, 96, 128), 80, 2, 12_000, 1e-3, 1e-5),),
-    batch_size=2,
-    draws_per_clip=1,
-    weight_decay=0.0,
-    ema_decay=0.999,
-)
-FUN_VAE = replace(
-    FUN_2B, train="vae", phases=(Phase(SIZES_512, 13312, 8, 7000, 2e-5, 2e-6),), max_grad_norm=1.0
-)
-PRESETS = {
+    max_frames=17, batch_size=8, draws_per_clip=4,
+    adam_eps=1e-8, weight_decay=0.01, max_grad_norm=1.0, ema_decay=0.999,
+    dit=TransformerConfig(in_channels=33, num_attention_heads=4, num_layers=6, time_embed_dim=128,
+                          text_embed_dim=128, max_text_seq_length=24,
+                          sample_width=8, sample_height=8, sample_frames=17),
+    vae=VAEConfig(block_out_channels=[16, 32, 32, 64], layers_per_block=1, norm_num_groups=8,
+                  sample_height=256, sample_width=256, scaling_factor=1.0),
+    t5=T5Config(vocab_size=shapes.make_tokenizer().get_vocab_size(), d_model=128, d_kv=32, d_ff=256,
+                num_layers=2, num_heads=4),
+)  # fmt: skip
+# Mostly 64 x 64, where 80 tokens are a whole clip; small steps, as one video is many pixels.
+TINY_VAE = replace(TINY, train="vae", phases=(Phase((64, 64, 64, 96, 128), 80, 2, 12_000, 1e-3, 1e-5),),
+                   batch_size=2, draws_per_clip=1, weight_decay=0.0)  # fmt: skip
+PRESETS = {  # --preset, --train
     "tiny": {"dit": TINY, "vae": TINY_VAE},
     "fun-2b": {"dit": FUN_2B, "vae": FUN_VAE},
     "fun-5b": {"dit": FUN_5B, "vae": FUN_VAE},
@@ -214,14 +155,17 @@ PRESETS = {
 # ---------------------------------------------------------------- draws
 
 
+def generators(keys: list[Key], purpose: str, device: str | torch.device = "cpu") -> list[torch.Generator]:
+    return [torch.Generator(device).manual_seed(rng(*key, purpose).initial_seed()) for key in keys]
+
+
 def normal(shape: Iterable[int], keys: list[Key], purpose: str, device: str | torch.device = "cpu") -> Tensor:
     """Standard normal noise, b and then `shape`; each sample's is a function of its key alone.
 
     Drawn on the device, where it is wanted: the noise of a large video is slow to draw on the CPU.
     """
-    seeds = [rng(*key, purpose).initial_seed() for key in keys]
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(tuple(shape), generator=g, device=device) for g in generators])
+    draws = generators(keys, purpose, device)
+    return torch.stack([torch.randn(tuple(shape), generator=draw, device=device) for draw in draws])
 
 
 def stratified_timesteps(keys: list[Key]) -> Tensor:
@@ -231,9 +175,8 @@ def stratified_timesteps(keys: list[Key]) -> Tensor:
     a sample gets is shuffled, as neighbours share a shape.
     """
     parts = torch.randperm(len(keys), generator=rng(*keys[0], "order of timesteps"))
-    places = torch.stack(
-        [torch.rand((), generator=rng(*key, "timestep"), dtype=torch.float64) for key in keys]
-    )
+    draws = generators(keys, "timestep")
+    places = torch.stack([torch.rand((), generator=draw, dtype=torch.float64) for draw in draws])
     return ((parts + places) * NUM_TIMESTEPS / len(keys)).long().clamp(max=NUM_TIMESTEPS - 1)
 
 
@@ -274,13 +217,8 @@ def reconstruction_losses(pixels: Tensor, target: Tensor) -> Tensor:
     error = pixels.float() - target.float()
     chroma = error - error.mean(1, keepdim=True)
     colorful = (target - target.mean(1, keepdim=True)).abs().mean(1, keepdim=True)  # 0 … 8/9
-    terms = [
-        error.abs(),
-        error.square(),
-        0.25 * error.diff(dim=3).abs(),
-        0.25 * error.diff(dim=4).abs(),
-        (1 + 4.5 * colorful) * chroma.square(),
-    ]
+    terms = [error.abs(), error.square(), 0.25 * error.diff(dim=3).abs(), 0.25 * error.diff(dim=4).abs()]
+    terms.append((1 + 4.5 * colorful) * chroma.square())
     return sum(term.mean((1, 2, 3, 4)) for term in terms)
 
 
@@ -292,40 +230,37 @@ class Denoising:
         self.dit = VideoTransformer.from_pretrained(model_dir, torch.float32, device)
         if config.in_channels:
             grow_input_channels(self.dit, config.in_channels)
+        if config.lora_rank:
+            from lora import add_lora  # here and in `save` only: without the file all else still works
+
+            torch.manual_seed(config.seed)  # where its matrices start
+            add_lora(self.dit, config.lora_rank, config.lora_alpha)
         self.kind = model_kind(self.dit.config)
-        if self.kind == "image":
-            raise ValueError(
-                f"{model_dir} is an image-to-video model with learned positions; train inpaint models"
-            )
-        if config.position is not None:
-            if self.dit.position is None:
-                raise ValueError(
-                    f"--position {config.position}: this model has rotary positions and no table to choose"
-                )
-            self.dit.position = config.position
+        check(self.kind != "image", f"{model_dir} is an image-to-video model, which is not trained here")
+        has_table = self.dit.position is not None
+        check(
+            has_table or not config.position, f"--position {config.position}: this model has rotary positions"
+        )
+        self.dit.position = config.position or self.dit.position
         self.vae = VideoVAE.from_pretrained(model_dir, dtype, device).requires_grad_(False)
         self.t5 = T5Encoder.from_pretrained(model_dir, torch.float32, device)
         self.tokenizer = Tokenizer.from_pretrained(model_dir)
         self.schedule = Schedule.from_pretrained(model_dir)
 
     def plan(self, phase: Phase) -> Plan:
-        most = max_num_frames(self.dit.config)
-        if self.dit.position != "interpolate":
-            most = self.config.max_frames
-        return Plan(
-            phase.resolutions,
-            phase.max_tokens,
-            self.config.batch_size * phase.max_tokens,
-            min(self.config.max_frames, most),
-            self.dit.config.patch_size_t or 1,
-        )
+        """What a phase asks of the data."""
+        most = self.config.max_frames
+        if self.dit.position == "interpolate":  # a table of positions has an end
+            most = min(most, max_num_frames(self.dit.config))
+        tokens, pairs = phase.max_tokens, self.dit.config.patch_size_t or 1
+        return Plan(phase.resolutions, tokens, self.config.batch_size * tokens, most, pairs)
 
     def begin(self, phase: Phase, held_out: list[tuple[Sample, list[Key]]]) -> dict[str, nn.Module]:
         """What learns in a phase, by component; held-out samples are encoded once, as the VAE is fixed."""
         self.train_text = phase.train_text
         self.t5.to(torch.float32 if phase.train_text else self.dtype).requires_grad_(phase.train_text)
-        self.held_out = [(batch.caption, *self.encode(batch, keys), keys) for batch, keys in held_out]
-        return {"transformer": self.dit, **({"text_encoder": self.t5} if phase.train_text else {})}
+        self.held_out = [(self.encode(batch, keys), batch.caption, keys) for batch, keys in held_out]
+        return {"transformer": self.dit} | ({"text_encoder": self.t5} if phase.train_text else {})
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -333,40 +268,38 @@ class Denoising:
     @torch.no_grad()
     def encode(self, batch: Sample, keys: list[Key]) -> tuple[Tensor, Tensor | None]:
         """(clean latents b 16 f h w, condition b c f h w or None), both fp32, from pixels and masks."""
-        pixels = batch.pixels.to(self.device)
-        latents = self.encode_pixels(pixels, keys, "posterior")
-        condition = None
+
+        def draws(purpose: str) -> list[torch.Generator]:
+            return generators(keys, purpose, self.device)
+
+        pixels, condition = batch.pixels.to(self.device), None
+        latents = self.vae.encode(pixels, draws("posterior")).float()
         if self.kind == "control":
-            condition = self.encode_pixels(batch.control.to(self.device), keys, "control posterior")
+            control = batch.control.to(self.device)
+            condition = self.vae.encode(control, draws("control posterior")).float()
         if self.kind == "inpaint":
             if self.dit.config.add_noise_in_inpaint_model:
-                sigma = torch.tensor([draw_noise_sigma(rng(*key, "reference sigma")) for key in keys])
                 noise = normal(pixels.shape[1:], keys, "reference noise", self.device)
-                pixels = add_reference_noise(pixels, sigma.to(pixels)[:, None, None, None, None], noise)
-            mask = batch.mask[:, None].to(self.device)
-            generators = self.generators(keys, "masked posterior")
-            condition = inpaint_condition(
-                self.vae, pixels, mask, generators, batch.zero_if_all_masked
-            ).float()
+                sigmas = [data.draw_noise_sigma(rng(*key, "reference sigma")) for key in keys]
+                sigma = pixels.new_tensor(sigmas).view(-1, 1, 1, 1, 1)
+                pixels = data.add_reference_noise(pixels, sigma, noise)
+            mask, zero = batch.mask[:, None].to(self.device), batch.zero_if_all_masked
+            condition = inpaint_condition(self.vae, pixels, mask, draws("masked posterior"), zero).float()
         return latents, condition
 
-    def generators(self, keys: list[Key], purpose: str) -> list[torch.Generator]:
-        return [torch.Generator(self.device).manual_seed(rng(*key, purpose).initial_seed()) for key in keys]
-
-    def encode_pixels(self, pixels: Tensor, keys: list[Key], purpose: str) -> Tensor:
-        return self.vae.encode(pixels, self.generators(keys, purpose)).float()
-
-    def encode_text(self, captions: list[str]) -> Tensor:
-        with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
-            return self.t5(self.tokenizer(captions, self.dit.config.max_text_seq_length).to(self.device))
-
     def losses(self, batch: Sample, keys: list[Key], timesteps: Tensor) -> Tensor:
-        """One loss for each sample and draw, b · draws_per_clip."""
-        draws = self.config.draws_per_clip
-        latents, condition = self.encode(batch, keys)
+        """One loss for each timestep; there are draws_per_clip of them for each sample."""
+        return self.predict(self.encode(batch, keys), batch.caption, keys, timesteps)
+
+    def predict(self, encoded: tuple, captions: list[str], keys: list[Key], timesteps: Tensor) -> Tensor:
+        """`denoising_losses` of encoded samples, each with as many noises as it has timesteps."""
+        draws = len(timesteps) // len(keys)
+        ids = self.tokenizer(captions, self.dit.config.max_text_seq_length).to(self.device)
         with self.autocast():
-            inputs = [latents, self.encode_text(batch.caption).float(), condition]
-            latents, text, condition = (x if x is None else x.repeat_interleave(draws, 0) for x in inputs)
+            with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
+                text = self.t5(ids).float()
+            inputs = [x if x is None else x.repeat_interleave(draws, 0) for x in (*encoded, text)]
+            latents, condition, text = inputs
             noise = normal(latents.shape[1:], repeated(keys, draws), "noise", self.device)
             return denoising_losses(self.dit, self.schedule, latents, noise, timesteps, text, condition)
 
@@ -375,15 +308,7 @@ class Denoising:
         """Loss on held-out samples at fixed timesteps and noise, in all and in each band of timesteps."""
         bands = {}
         for t in BANDS:
-            losses = []
-            for captions, latents, condition, keys in self.held_out:
-                noise = normal(latents.shape[1:], keys, "noise", self.device)
-                timesteps = torch.full((len(keys),), t)
-                with self.autocast():
-                    text = self.encode_text(captions).float()
-                    losses.append(
-                        denoising_losses(self.dit, self.schedule, latents, noise, timesteps, text, condition)
-                    )
+            losses = [self.predict(*held, torch.full((len(held[-1]),), t)) for held in self.held_out]
             bands[f"val_loss_{t}"] = torch.cat(losses).mean().item()
         return {"val_loss": sum(bands.values()) / len(bands), **bands}
 
@@ -393,22 +318,21 @@ class Denoising:
         models.transformer_config, models.kind = self.dit.config, self.kind
         models.loaded = {"transformer": self.dit, "vae": self.vae, "text_encoder": self.t5}
         _, f, height, width = batch.pixels[0].shape
-        inputs = {"control_video": to_uint8(batch.control[0])} if self.kind == "control" else {}
+        settings = {"num_frames": f, "height": height, "width": width, "num_steps": num_steps, "seed": 0}
+        if self.kind == "control":
+            settings["control_video"] = to_uint8(batch.control[0])
         with self.autocast():
-            frames = sample.generate(
-                models,
-                batch.caption[0],
-                height=height,
-                width=width,
-                num_frames=f,
-                num_steps=num_steps,
-                seed=0,
-                **inputs,
-            )
+            frames = sample.generate(models, batch.caption[0], **settings)
         write_clip(frames, path, self.config.fps)
 
     def save(self, folder: Path) -> None:
-        self.dit.save_pretrained(folder)
+        """What learnt; all else in a checkpoint stays the files it was."""
+        if self.config.lora_rank:
+            from lora import save_lora
+
+            save_lora(self.dit, folder / LORA)
+        else:
+            self.dit.save_pretrained(folder)
         if self.train_text:
             self.t5.save_pretrained(folder)
 
@@ -443,32 +367,35 @@ class Reconstruction:
         return reconstruction_losses(reconstructed, pixels) + self.config.kl_weight * kl
 
     @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        with self.autocast():
+            return self.vae.encode(pixels.to(self.device))
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        with self.autocast():
+            return self.vae.decode(self.encode(pixels)).float().cpu().clamp(-1, 1)
+
     def validate(self) -> dict[str, float]:
         """PSNR in dB on held-out samples, the mean over all of them and over each size."""
         by_size: dict[str, list[float]] = {}
         for pixels in self.held_out:
-            with self.autocast():
-                reconstructed = self.vae.decode(self.vae.encode(pixels.to(self.device))).float().cpu()
-            mse = (reconstructed.clamp(-1, 1) - pixels).square().mean((1, 2, 3, 4))
+            mse = (self.reconstruct(pixels) - pixels).square().mean((1, 2, 3, 4))
             size = f"psnr_{pixels.shape[3]}x{pixels.shape[4]}"
             by_size.setdefault(size, []).extend((10 * torch.log10(4 / mse)).tolist())
-        everything = [value for values in by_size.values() for value in values]
-        means = {size: sum(values) / len(values) for size, values in sorted(by_size.items())}
-        return {"psnr": sum(everything) / len(everything), **means}
+        by_size = {"psnr": sum(by_size.values(), []), **dict(sorted(by_size.items()))}
+        return {size: sum(values) / len(values) for size, values in by_size.items()}
 
-    @torch.no_grad()
     def preview(self, model_dir: Path, path: Path, batch: Sample, num_steps: int) -> None:
         """The first sample of a batch above its reconstruction."""
-        pixels = batch.pixels[:1].to(self.device)
-        with self.autocast():
-            reconstructed = self.vae.decode(self.vae.encode(pixels)).float()
-        write_clip(to_uint8(torch.cat([pixels, reconstructed], dim=3)[0]), path, self.config.fps)
+        pixels = batch.pixels[:1]
+        both = torch.cat([pixels, self.reconstruct(pixels)], dim=3)
+        write_clip(to_uint8(both[0]), path, self.config.fps)
 
     def save(self, folder: Path) -> None:
         """With a scaling factor that gives the latents of the held-out samples a standard deviation of 1."""
-        with torch.no_grad(), self.autocast():
-            latents = [self.vae.encode(pixels.to(self.device)).float().flatten() for pixels in self.held_out]
-        self.vae.config.scaling_factor = round(1 / torch.cat(latents).std().item(), 6)
+        latents = torch.cat([self.encode(pixels).float().flatten() for pixels in self.held_out])
+        self.vae.config.scaling_factor = round(1 / latents.std().item(), 6)
         self.vae.save_pretrained(folder)
         self.vae.config.scaling_factor = 1.0
 
@@ -488,35 +415,60 @@ def learning_rate(phase: Phase, warmup_steps: int, step: int) -> float:
     return decayed * min(1, (step + 1) / max(1, warmup_steps))
 
 
+def clip_norm(config: Config, step: int, norm: float) -> float:
+    """The gradient norm to cut to: max_grad_norm, or with wide_clip_steps what the reference's train.py does.
+
+    It allows five times as much at first, falling to max_grad_norm over so many steps; after them a spike of
+    more than five times that is cut below it, by as much as it is too large, ten times at most.
+    """
+    limit, wide_steps = config.max_grad_norm, config.wide_clip_steps
+    if wide_steps is None:
+        return limit
+    limit *= 5 - 4 * min(step / wide_steps, 1)
+    is_spike = step > wide_steps and norm > 5 * limit
+    return limit / min(norm / limit, 10) if is_spike else limit
+
+
 class Learner:
     """The weights that learn (fp32), their AdamW and their EMA, each by the name component/key."""
 
     def __init__(self, modules: dict[str, nn.Module], config: Config):
         self.modules, self.config = modules, config
-        self.params = {f"{c}/{key}": p for c, m in modules.items() for key, p in m.named_parameters()}
+        params = ((f"{name}/{key}", p) for name, m in modules.items() for key, p in m.named_parameters())
+        self.params = {name: param for name, param in params if param.requires_grad}
         for param in self.params.values():
             param.data = param.data.clone()  # not a view of the file it was loaded from
-        self.optimizer = torch.optim.AdamW(
-            self.params.values(), eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
-        )
+        settings = {"eps": config.adam_eps, "weight_decay": config.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.params.values(), **settings)
         self.ema = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
 
     def inherit(self, before: "Learner") -> None:
-        """Moments and EMA of the phase before."""
-        for name, param in self.params.items():
-            if name in before.params:
-                self.optimizer.state[param] = before.optimizer.state[before.params[name]]
-                self.ema.update({name: before.ema[name]} if name in before.ema else {})
+        """Moments and EMA of the phase before; what learns no more becomes its EMA."""
+        for name, param in before.params.items():
+            if name in self.params:
+                self.optimizer.state[self.params[name]] = before.optimizer.state[param]
+                self.ema.update({name: before.ema[name]} if before.ema else {})
+            elif before.ema:
+                param.data.copy_(before.ema[name])
 
-    def step(self, lr: float, total_steps: int) -> None:
+    def clip(self, step: int) -> float:
+        """Shorten the gradient where it is too long; returns its norm before that."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+        limit = clip_norm(self.config, step, norm.item())
+        nn.utils.clip_grads_with_norm_(self.params.values(), limit, norm)
+        return norm.item()
+
+    def step(self, lr: float) -> None:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:  # of the last tenth of the steps at first, so that a short run shows what it learnt
-            decay = min(self.config.ema_decay, (1 + total_steps) / (10 + total_steps))
-            torch._foreach_lerp_(
-                list(self.ema.values()), [p.detach() for p in self.params.values()], 1 - decay
-            )
+
+    def update_ema(self, step: int) -> None:
+        """Over the last tenth of the steps at first, so that a short run shows what it learnt."""
+        if self.ema:
+            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+            weights = [param.detach() for param in self.params.values()]
+            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -533,49 +485,59 @@ class Learner:
             swap()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything but the EMA weights, which stand in the checkpoint's component folders."""
-        state = {f"weight/{name}": p.data for name, p in self.params.items()} if self.ema else {}
+        """What a checkpoint's component folders do not hold. They hold the EMA weights; but LoRA's file has
+        alpha/rank multiplied in, which rounds."""
+        is_lora = self.config.lora_rank is not None
+        state = {f"ema/{name}": average for name, average in self.ema.items()} if is_lora else {}
         for name, param in self.params.items():
+            if self.ema or is_lora:
+                state[f"weight/{name}"] = param.data
             for key, tensor in self.optimizer.state[param].items():  # step, exp_avg, exp_avg_sq
                 state[f"{key}/{name}"] = tensor
         return state
 
     def load(self, folder: Path) -> None:
         """The inverse of `state`; the modules have been loaded from the checkpoint, so they hold the EMA."""
-        files = weight_files(folder)
-        for full_name, tensor in read_tensors(files, list(files)):
+        files = checkpoint.weight_files(folder)
+        for full_name, tensor in checkpoint.read_tensors(files, list(files)):
             key, _, name = full_name.partition("/")
-            if name not in self.params:
-                raise ValueError(f"{folder} holds {full_name}, which this run does not train")
-            param = self.params[name]
+            param = self.params.get(name)
+            if param is None:  # it learnt in the phase that ended here
+                continue
             if key == "weight":
                 param.data.copy_(tensor)
+            elif key == "ema":
+                self.ema[name].copy_(tensor)
             else:
                 like = tensor.clone() if key == "step" else torch.empty_like(param).copy_(tensor)
                 self.optimizer.state[param][key] = like
 
 
-# ---------------------------------------------------------------- folders
+# ---------------------------------------------------------------- the folder of a run
 
 
-def link_folder(source: Path, target: Path) -> None:
-    """The same files under another name, without a second copy where the disk allows it."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        if path.is_dir():
-            link_folder(path, target / path.name)
-        elif not path.name.startswith("."):
-            link_or_copy(path, target / path.name)
-
-
-MODEL_INDEX = {
-    "_class_name": "CogVideoX_Fun_Pipeline_Inpaint",
-    "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
-    "text_encoder": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-    "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLCogVideoX"],
-}
+def make_component(name: str, config: Config, out: Path) -> bool:
+    """OUT/name with fresh weights; False if the preset has no config for it."""
+    if name == "transformer":
+        VideoTransformer(config.dit).save_pretrained(out)
+    elif name == "scheduler":
+        Schedule().save_pretrained(out)
+    elif name == "vae" and config.vae:
+        vae = VideoVAE(config.vae)
+        # A sharp posterior to start with: at a standard deviation of one the decoder would see only noise.
+        vae.encoder.conv_out.conv.bias.data[config.vae.latent_channels :] = -6
+        vae.save_pretrained(out)
+    elif name == "text_encoder" and config.t5:
+        T5Encoder(config.t5).save_pretrained(out)
+    elif name == "tokenizer" and config.t5:
+        (out / name).mkdir()
+        shapes.make_tokenizer().save(str(out / name / "tokenizer.json"))
+        notes = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 24}
+        notes |= {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (out / name / "tokenizer_config.json").write_text(json.dumps(notes) + "\n")
+    else:
+        return False
+    return True
 
 
 def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch: bool) -> None:
@@ -585,51 +547,16 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
     raises ValueError if something is lacking for which the preset has no config
     """
     torch.manual_seed(config.seed)
-    fresh = {"dit": "transformer", "vae": "vae"}[config.train] if from_scratch else None
-
-    def make_tokenizer() -> None:
-        (out / "tokenizer").mkdir()
-        shapes.make_tokenizer().save(str(out / "tokenizer" / "tokenizer.json"))
-        names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-        text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 24, **names})
-        (out / "tokenizer" / "tokenizer_config.json").write_text(text + "\n")
-
-    def make_vae() -> None:
-        vae = VideoVAE(config.vae)
-        # A sharp posterior to start with: at a standard deviation of one the decoder would see only noise.
-        vae.encoder.conv_out.conv.bias.data[config.vae.latent_channels :] = -6
-        vae.save_pretrained(out)
-
-    make = {
-        "transformer": lambda: VideoTransformer(config.dit).save_pretrained(out),
-        "vae": make_vae,
-        "text_encoder": lambda: T5Encoder(config.t5).save_pretrained(out),
-        "tokenizer": make_tokenizer,
-        "scheduler": lambda: Schedule().save_pretrained(out),
-    }
-    if config.vae is None:
-        del make["vae"]
-    if config.t5 is None:
-        del make["text_encoder"], make["tokenizer"]
-    out.mkdir(parents=True, exist_ok=True)
-    for name in COMPONENTS:
+    learns = {"dit": "transformer", "vae": "vae"}[config.train]
+    for name in checkpoint.COMPONENTS:
         if (out / name).exists():
             shutil.rmtree(out / name)
-        if model_dir and (model_dir / name).is_dir() and name != fresh:
-            link_folder(model_dir / name, out / name)
-        elif name in make and (config.train == "dit" or name == "vae"):
-            make[name]()
-        elif config.train == "dit" or name == "vae":
-            raise ValueError(
-                f"there is no {name}/ to start from; give --model a checkpoint folder that has one"
-            )
-    index = (
-        read_json(model_dir / "model_index.json")
-        if model_dir and (model_dir / "model_index.json").is_file()
-        else {}
-    )
-    with atomic_write(out / "model_index.json") as temporary:
-        temporary.write_text(json.dumps({**MODEL_INDEX, **index}, indent=2) + "\n")
+        if model_dir and (model_dir / name).is_dir() and not (from_scratch and name == learns):
+            checkpoint.link(model_dir / name, out / name)
+        elif config.train == "dit" or name == learns:
+            made = make_component(name, config, out)
+            check(made, f"there is no {name}/ to start from; give --model a checkpoint folder that has one")
+    checkpoint.write_model_index(out, model_dir, config.in_channels)
 
 
 @dataclass
@@ -643,56 +570,32 @@ class Counters:
     batch: int = 0  # of the epoch, the next to be used
     log_bytes: int = 0  # length of log.jsonl
 
-
-def save_checkpoint(out: Path, task, learner: Learner, counters: Counters, settings: dict, keep: int) -> Path:
-    """OUT/checkpoints/step-… appears complete or not at all; then OUT shows its weights; older ones go.
-
-    raises OSError if there is no room; what was there before is untouched then
-    """
-    target = out / "checkpoints" / f"step-{counters.total_steps:06d}"
-    try:
-        with atomic_dir(target) as folder:
-            with learner.averaged():
-                task.save(folder)
-            for path in out.iterdir():
-                if path.name in (*COMPONENTS, "model_index.json") and not (folder / path.name).exists():
-                    link_folder(path, folder / path.name) if path.is_dir() else link_or_copy(
-                        path, folder / path.name
-                    )
-            save_weights(learner.state(), folder / "training", "state")
-            state = {"counters": dataclasses.asdict(counters), "settings": settings}
-            (folder / "training" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    except OSError as error:
-        last = newest_checkpoint(out)
-        kept = f"{last} is intact: make room and --resume" if last else "there is no earlier checkpoint"
-        raise OSError(f"cannot save {target} ({error.strerror or error}); {kept}") from None
-    publish(out, target, keep)
-    return target
+    def advance(self, micro_batches: list[tuple[int, Batch]], phases: tuple[Phase, ...]) -> None:
+        """Behind a step, and into the next phase (with an epoch of its own) where this one ends."""
+        self.step, self.total_steps = self.step + 1, self.total_steps + 1
+        for epoch, _ in micro_batches:
+            self.epoch, self.batch = epoch, self.batch + 1 if epoch == self.epoch else 1
+        if self.step == phases[self.phase].num_steps and self.phase + 1 < len(phases):
+            self.phase, self.step, self.epoch, self.batch = self.phase + 1, 0, self.epoch + 1, 0
 
 
-def publish(out: Path, newest: Path, keep: int) -> None:
-    """OUT shows the weights of its newest checkpoint, and the last `keep` checkpoints stay."""
-    for name in COMPONENTS:
-        if (newest / name).is_dir():
-            link_folder(newest / name, out / name)
-    for path in sorted((out / "checkpoints").glob("step-*"), key=step_of)[:-keep]:
-        path = path.rename(path.with_name(f".{path.name}.old"))  # so that half of one is never taken for one
-        shutil.rmtree(path)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The last complete checkpoint; what a kill left half-written has a dot in front and is removed."""
-    folder = out / "checkpoints"
-    if not folder.is_dir():
-        return None
-    for torn in folder.glob(".*"):
-        shutil.rmtree(torn, ignore_errors=True)
-    complete = [path for path in folder.glob("step-*") if (path / "training" / "state.json").is_file()]
-    return max(complete, key=step_of, default=None)
+def begin_or_resume(args: argparse.Namespace, config: Config, settings: dict) -> tuple[Path | None, Counters]:
+    """(the checkpoint to go on from, where it is), or (None, the start) after OUT was made ready."""
+    newest = checkpoint.newest_checkpoint(args.out)
+    if not newest:
+        is_model = args.model and args.out.resolve() == args.model.resolve()
+        check(not is_model, f"--out {args.out} is the folder to start from; choose another")
+        begin_folder(args.out, args.model, config, args.from_scratch)
+        return None, Counters(phase=args.phase - 1)
+    check(args.resume, f"{args.out} holds a run ({newest.name}); add --resume, or choose another --out")
+    state = checkpoint.read_json(newest / "training" / "state.json")
+    for name, value in settings.items():
+        before = state["settings"].get(name)
+        remedy = "repeat the settings to resume, or start a new run from it with --model"
+        check(value == before, f"{newest} was trained with {name} = {before}, now it is {value}; {remedy}")
+    print(f"resuming from {newest}")
+    checkpoint.publish(args.out, newest, args.keep)  # the kill may have come between saving and this
+    return newest, Counters(**state["counters"])
 
 
 # ---------------------------------------------------------------- data
@@ -709,325 +612,184 @@ def open_data(args: argparse.Namespace, config: Config) -> tuple[list[Record], l
     Files: --val-data, or every tenth sample, at most --num-val.
     """
     if args.data == "shapes":
+        num, pictures, seed = config.num_shapes, config.num_shapes // 10, config.seed
         sizes = [(128, 128), (104, 156), (128, 128), (156, 104)]
-        pictures = config.num_shapes // 10
-        clips = shapes.records(
-            config.num_shapes - pictures, config.seed, sizes=sizes, num_frames=config.max_frames
-        )
-        clips += shapes.records(pictures, config.seed + 1, sizes=sizes, num_frames=1)
-        held_out = shapes.records(args.num_val, config.seed + 2, True, sizes, config.max_frames)
-        named = [
-            [shape_record(c, f"shape {i}: {c.scene.caption()}") for i, c in enumerate(cs)]
-            for cs in (clips, held_out)
-        ]
-        return *named, {}
-    records, failures = open_records(read_metadata(args.data), config.fps)
+        clips = shapes.records(num - pictures, seed, sizes=sizes, num_frames=config.max_frames)
+        clips += shapes.records(pictures, seed + 1, sizes=sizes, num_frames=1)
+        unseen = shapes.records(args.num_val, seed + 2, True, sizes, config.max_frames)
+        lists = [[(f"shape {i}: {c.scene.caption()}", c) for i, c in enumerate(cs)] for cs in (clips, unseen)]
+        return *[[shape_record(clip, name) for name, clip in named] for named in lists], {}
+    records, failures = data.open_records(data.read_metadata(args.data), config.fps)
     if args.val_data:
-        held_out, more = open_records(read_metadata(args.val_data), config.fps)
+        held_out, more = data.open_records(data.read_metadata(args.val_data), config.fps)
         return records, held_out[: args.num_val], failures | more
     chosen = set(range(9, len(records), 10)[: args.num_val]) or {len(records) - 1}
     held_out = [record for i, record in enumerate(records) if i in chosen]
     return [r for i, r in enumerate(records) if i not in chosen] or held_out, held_out, failures
 
 
-def deal(
-    records: list[Record], plan: Plan, config: Config, phase: Phase, counters: Counters
-) -> Iterator[list]:
-    """Global batches from a place on: lists of (epoch, position, micro-batch), through all epochs.
-
-    The list is fixed by plan and seed; a number of processes would take every n-th of each.
-    """
-
-    def stream() -> Iterator[tuple[int, int, Batch]]:
-        for epoch in itertools.count(counters.epoch):
-            for position, batch in enumerate(epoch_batches(records, plan, config.seed, epoch)):
-                if (epoch, position) >= (counters.epoch, counters.batch):
-                    yield epoch, position, batch
-
-    batches = stream()
-    while True:
-        yield list(itertools.islice(batches, phase.global_batch // config.batch_size))
-
-
-def load_held_out(records: list[Record], plan: Plan, config: Config) -> list[tuple[Sample, list[Key]]]:
-    """All held-out samples, the same crops and draws each time."""
-    loader = Loader(records, config.seed, max_failures=1.0)
-    batches = epoch_batches(records, plan, config.seed, VALIDATION_EPOCH)
-    todo = ((VALIDATION_EPOCH, batch) for batch in batches)
-    return [(loaded, keys_of(config, epoch, batch)) for epoch, batch, loaded in loader.batches(todo)]
-
-
-def keys_of(config: Config, epoch: int, batch: Batch) -> list[Key]:
-    return [(config.seed, epoch, index) for index in batch.indices]
-
-
 # ---------------------------------------------------------------- seeing it learn
 
 
-class Log:
-    """log.jsonl and the same on the screen; cut back to where a checkpoint was when a run is resumed."""
-
-    def __init__(self, path: Path, num_bytes: int):
-        self.path = path
-        path.touch()
-        os.truncate(path, min(num_bytes, path.stat().st_size))
-
-    def write(self, record: dict, line: str) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print(line, flush=True)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.path.stat().st_size
-
-
 def draw_curve(log: Path, path: Path, width: int = 960, height: int = 480) -> None:
-    """A log as a picture: the losses (dots) and their running mean (blue), on a logarithmic scale, and what
-    validation found (red): its loss on the same scale, or PSNR on one of its own."""
+    """A log as a picture, on logarithmic scales: the running mean of the losses (blue), and what validation
+    found (red): its loss on the same scale, or PSNR on one of its own."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     name = "psnr" if "psnr" in entries[-1] else "val_loss"
-    losses = [(entry["step"], math.log(entry["loss"])) for entry in entries if entry.get("loss", 0) > 0]
-    found = [(entry["step"], entry[name]) for entry in entries if entry.get(name, 0) > 0]
+    losses, found = ([(e["step"], e[key]) for e in entries if e.get(key, 0) > 0] for key in ("loss", name))
     if len(losses) < 2 or not found:
         return
-    if name == "val_loss":
-        found = [(step, math.log(value)) for step, value in found]
-    means = list(itertools.accumulate((y for _, y in losses), lambda mean, y: mean + (y - mean) / 30))
+    steps, values = zip(*losses)
+    means = list(zip(steps, itertools.accumulate(values, lambda mean, loss: mean + (loss - mean) / 30)))
+    both = means + found
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
-
-    def places(
-        points: list[tuple[float, float]], scale: list[tuple[float, float]]
-    ) -> list[tuple[float, float]]:
-        low, high = min(y for _, y in scale), max(y for _, y in scale)
-        last = max(1, losses[-1][0])
-        return [
-            (70 + (width - 140) * x / last, height - 40 - (height - 80) * (y - low) / (high - low or 1))
-            for x, y in points
-        ]
-
-    scale = losses + (found if name == "val_loss" else [])
-    pen.point(places(losses, scale), "#999999")
-    pen.line(places([(x, mean) for (x, _), mean in zip(losses, means)], scale), "#1f5fbf", 2)
-    pen.line(places(found, scale if name == "val_loss" else found), "#bf1f1f", 2)
-    low, high = min(y for _, y in scale), max(y for _, y in scale)
-    for i in range(5):
-        y = low + (high - low) * i / 4
-        pen.text((5, places([(0, y)], scale)[0][1] - 6), f"{math.exp(y):.4g}", "black")
-    title = f"loss (blue); {name} on held-out samples (red), last {entries[-1].get(name, 0):.4g}"
-    pen.text((70, 10), f"{title}; {losses[-1][0]} steps", "black")
-    with atomic_write(path) as temporary:
+    for label, curve, color in (("loss", means, "#1f5fbf"), (name, found, "#bf1f1f")):
+        low, *_, high = sorted(math.log(y) for _, y in (both if name == "val_loss" else curve) * 2)
+        up, across = (height - 80) / (high - low or 1), (width - 80) / max(1, steps[-1])
+        pen.line([(40 + across * x, height - 40 - up * (math.log(y) - low)) for x, y in curve], color, 2)
+        left = 40 if curve is means else width // 2
+        pen.text((left, 10), f"{label} {math.exp(high):.4g}", color)
+        ends = f"{math.exp(low):.4g}; at step {curve[-1][0]} {curve[-1][1]:.4g}"
+        pen.text((left, height - 25), f"{label} {ends}", color)
+    with checkpoint.atomic_write(path) as temporary:
         picture.save(temporary)
 
 
 def gib_used(device: torch.device) -> float:
+    """At most so far: of the device's memory, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
 
 
 def as_time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60:02d} min"
-        if minutes >= 60
-        else f"{minutes} min"
-        if minutes
-        else f"{seconds:.0f} s"
-    )
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
-# ---------------------------------------------------------------- the loop
+# ---------------------------------------------------------------- a run
 
 
-def accumulate(task, config: Config, micro_batches: list, loaded: Iterator) -> tuple[float, float]:
-    """Leave the gradient of a global batch, the mean over its samples, at the weights.
+class Run:
+    """A run: what was asked for, what learns and from which samples, and where it is. Its loop is `train`."""
 
-    returns: the loss, and the seconds spent waiting for data
-    raises NotFinite at the first micro-batch whose loss is not finite
-    """
-    draws = config.draws_per_clip
-    keys = [repeated(keys_of(config, epoch, batch), draws) for epoch, _, batch in micro_batches]
-    num_samples = sum(map(len, keys))
-    timesteps = stratified_timesteps(sum(keys, [])).split([len(part) for part in keys])
-    loss = waited = 0.0
-    for part in timesteps:
-        start = time.perf_counter()
-        epoch, batch, samples = next(loaded)
-        waited += time.perf_counter() - start
-        losses = task.losses(samples, keys_of(config, epoch, batch), part)
-        share = losses.sum() / num_samples
-        share.backward()
-        loss += share.item()
-        if not math.isfinite(loss):
-            raise NotFinite([batch])
-    return loss, waited
+    def __init__(self, args: argparse.Namespace, config: Config, signals: list[int]):
+        self.args, self.config, self.signals, self.out = args, config, signals, args.out
+        settings = {"data": str(args.data), "val_data": str(args.val_data), **dataclasses.asdict(config)}
+        self.settings = json.loads(json.dumps(settings))  # what has to be the same when a run is resumed
+        self.resumed, self.at = begin_or_resume(args, config, self.settings)
+        kinds = {"dit": Denoising, "vae": Reconstruction}
+        self.task = kinds[config.train](config, self.resumed or self.out, *choose_device(args))
+        if config.train == "dit":
+            self.task.dit.activation_checkpointing = args.activation_checkpointing
+            for block in self.task.dit.transformer_blocks if args.compile else []:
+                block.compile()
+        self.records, self.held_out_records, failures = open_data(args, config)
+        self.loader = Loader(self.records, config.seed, failures, args.num_workers)
+        check(self.records and self.held_out_records, "there are no samples to train on")
+        needs_control = config.train == "dit" and self.task.kind == "control"
+        for record in self.records + self.held_out_records if needs_control else []:
+            check(record.read_control, f"{record.name} has no control_file_path, which a control model needs")
+        self.log_file = self.out / "log.jsonl"
+        self.log_file.touch()
+        os.truncate(self.log_file, min(self.at.log_bytes, self.log_file.stat().st_size))  # as it was then
+        steps_left = sum(phase.num_steps for phase in config.phases[self.at.phase :]) - self.at.step
+        self.num_steps = min(args.num_steps or math.inf, self.at.total_steps + steps_left)
+        self.learner, self.pace = None, 0.0  # seconds a step, lately
 
+    def keys(self, epoch: int, batch: Batch) -> list[Key]:
+        return [(self.config.seed, epoch, index) for index in batch.indices]
 
-class NotFinite(Exception):
-    """A loss or gradient that is NaN or infinite; its argument: the batches it comes from."""
+    def batches(self, records: list[Record], epoch: int) -> list[tuple[int, Batch]]:
+        """(epoch, micro-batch) for all of an epoch."""
+        return [(epoch, batch) for batch in epoch_batches(records, self.plan, self.config.seed, epoch)]
 
+    def begin_phase(self) -> None:
+        """Held-out samples in the shapes of this phase, and what learns in it: resumed, or from the last."""
+        self.phase = self.config.phases[self.at.phase]
+        self.plan = self.task.plan(self.phase)
+        loader = Loader(self.held_out_records, self.config.seed, max_failures=1.0)
+        todo = self.batches(self.held_out_records, VALIDATION_EPOCH)  # the same crops and draws each time
+        self.held_out = [(samples, self.keys(*micro_batch)) for *micro_batch, samples in loader.batches(todo)]
+        before, self.learner = self.learner, Learner(self.task.begin(self.phase, self.held_out), self.config)
+        if before:
+            self.learner.inherit(before)
+        elif self.resumed:
+            self.learner.load(self.resumed / "training")
 
-def one_step(
-    task, learner: Learner, config: Config, phase: Phase, counters: Counters, todo, loaded, records
-) -> dict:
-    """One step of the optimizer, and what the log says of it; at a NaN the weights stay as they were."""
-    start = time.perf_counter()
-    micro_batches = next(todo)
-    lr = learning_rate(phase, config.warmup_steps, counters.step)
-    try:
-        loss, waited = accumulate(task, config, micro_batches, loaded)
-        grad_norm = nn.utils.clip_grad_norm_(learner.params.values(), config.max_grad_norm).item()
-        if not math.isfinite(grad_norm):
-            raise NotFinite([batch for _, _, batch in micro_batches])
-    except NotFinite as error:
-        names = [records[index].name for batch in error.args[0] for index in batch.indices]
-        raise ValueError(
-            f"step {counters.total_steps + 1}: loss or gradient is not finite; the weights are untouched. "
-            f"Lower --lr, or look at the files of this batch: {', '.join(names)}"
-        ) from None
-    learner.step(lr, counters.total_steps)
-    epoch, position, _ = micro_batches[-1]
-    counters.step, counters.total_steps = counters.step + 1, counters.total_steps + 1
-    counters.epoch, counters.batch = epoch, position + 1
-    seconds = time.perf_counter() - start
-    tokens = (
-        sum(batch.bucket.tokens * len(batch.indices) for _, _, batch in micro_batches) * config.draws_per_clip
-    )
-    return {
-        "step": counters.total_steps,
-        "phase": counters.phase + 1,
-        "epoch": epoch,
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "lr": lr,
-        "tokens_per_s": tokens / seconds,
-        "wait": waited / seconds,
-        "gib": gib_used(task.device),
-        "seconds": seconds,
-    }
+    def deal(self) -> Iterator[list[tuple[int, Batch]]]:
+        """Global batches from where the run is on, through all epochs: lists of (epoch, micro-batch).
 
+        The list is fixed by plan and seed; a number of processes would take every n-th of each.
+        """
+        epochs = (self.batches(self.records, epoch) for epoch in itertools.count(self.at.epoch))
+        micro_batches = itertools.islice(itertools.chain.from_iterable(epochs), self.at.batch, None)
+        while True:
+            yield list(itertools.islice(micro_batches, self.phase.global_batch // self.config.batch_size))
 
-def log_step(log: Log, entry: dict, num_steps: int, pace: float) -> None:
-    """pace: seconds a step, lately"""
-    left = as_time(pace * (num_steps - entry["step"]))
-    log.write(
-        entry,
-        f"phase {entry['phase']} step {entry['step']}/{num_steps}  loss {entry['loss']:.4f}  "
-        f"grad {entry['grad_norm']:.3f}  lr {entry['lr']:.2e}  {entry['tokens_per_s']:.0f} tokens/s  "
-        f"wait {entry['wait']:.0%}  {entry['gib']:.2f} GiB  {left} left",
-    )
-
-
-def describe(
-    args: argparse.Namespace, config: Config, phase: Phase, task, learner, records, plan, epoch
-) -> None:
-    """What will happen, before it does."""
-    sizes = ", ".join(
-        f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for name, m in learner.modules.items()
-    )
-    epoch_list = epoch_batches(records, plan, config.seed, epoch)
-    print(
-        f"training {sizes} parameters on {task.device} in {str(task.dtype)[6:]} -> {args.out}\n"
-        f"{len(records)} samples; a step is {phase.global_batch // config.batch_size} "
-        f"micro-batches of up to {plan.batch_tokens} video tokens, x {config.draws_per_clip} draws\n"
-        f"{phase.num_steps} steps at resolutions {', '.join(map(str, phase.resolutions))}, up to "
-        f"{phase.max_tokens} tokens and {plan.max_frames} frames; an epoch (the {epoch + 1}. here) has\n"
-        f"{bucket_table(epoch_list)}",
-        flush=True,
-    )
-
-
-def train(args: argparse.Namespace, config: Config, signals: list[int]) -> int:
-    """All phases from where the run is to its end. Returns the signal that stopped it, or 0."""
-    out, settings = args.out, settings_of(args, config)
-    newest = begin_or_resume(args, config, settings)
-    counters = Counters(phase=args.phase - 1)
-    if newest:
-        counters = Counters(**read_json(newest / "training" / "state.json")["counters"])
-    device, dtype = choose_device(args)
-    task = {"dit": Denoising, "vae": Reconstruction}[config.train](config, newest or out, device, dtype)
-    if config.train == "dit":
-        task.dit.activation_checkpointing = args.activation_checkpointing
-        for block in task.dit.transformer_blocks if args.compile else []:
-            block.compile()
-    records, held_out_records, failures = open_data(args, config)
-    check_records(task, records + held_out_records)
-    loader = Loader(records, config.seed, failures, args.num_workers)
-    log = Log(out / "log.jsonl", counters.log_bytes)
-    num_steps = min(
-        args.num_steps or math.inf,
-        counters.total_steps - counters.step + sum(p.num_steps for p in config.phases[counters.phase :]),
-    )
-    learner = None
-
-    while counters.total_steps < num_steps:
-        phase = config.phases[counters.phase]
-        plan = task.plan(phase)
-        held_out = load_held_out(held_out_records, plan, config)
-        learner = begin_phase(task, config, phase, held_out, learner)
-        if newest:
-            learner.load(newest / "training")
-            newest = None
-        describe(args, config, phase, task, learner, records, plan, counters.epoch)
-        if counters.total_steps == 0:
-            validate(args, task, learner, log, counters)  # where it starts
-        todo, ahead = itertools.tee(deal(records, plan, config, phase, counters))
-        loaded = loader.batches(
-            (epoch, batch) for micro_batches in ahead for epoch, _, batch in micro_batches
+    def describe(self) -> None:
+        """What will happen, before it does."""
+        phase, plan, task, draws = self.phase, self.plan, self.task, self.config.draws_per_clip
+        size = sum(param.numel() for param in self.learner.params.values())
+        print(
+            f"training {', '.join(self.learner.modules)}: {size / 1e6:.2f} M parameters on {task.device} in "
+            f"{str(task.dtype)[6:]} -> {self.out}\n"
+            f"{len(self.records)} samples; a step is {phase.global_batch // self.config.batch_size} "
+            f"micro-batches of up to {plan.batch_tokens} video tokens, x {draws} draws\n"
+            f"{phase.num_steps} steps at resolutions {', '.join(map(str, phase.resolutions))}, up to "
+            f"{phase.max_tokens} tokens and {plan.max_frames} frames; the shapes of epoch {self.at.epoch}:\n"
+            + data.bucket_table([batch for _, batch in self.batches(self.records, self.at.epoch)]),
+            flush=True,
         )
-        pace = None
-        while counters.step < phase.num_steps and counters.total_steps < num_steps and not signals:
-            entry = one_step(task, learner, config, phase, counters, todo, loaded, records)
-            pace = entry["seconds"] if pace is None else 0.9 * pace + 0.1 * entry["seconds"]
-            log_step(log, entry, num_steps, pace)
-            is_last = counters.total_steps == num_steps or counters.step == phase.num_steps
-            if is_last or counters.total_steps % args.val_every == 0:
-                validate(args, task, learner, log, counters)
-            if is_last or counters.total_steps % args.preview_every == 0:
-                preview(args, task, learner, counters, held_out)
-            if is_last or signals or counters.total_steps % args.save_every == 0:
-                counters.log_bytes = log.num_bytes
-                path = save_checkpoint(out, task, learner, counters, settings, args.keep)
-                print(f"saved {path}", flush=True)
-        loaded.close()
-        if signals:
-            break
-        if counters.step == phase.num_steps and counters.phase + 1 < len(config.phases):
-            counters.phase, counters.step = counters.phase + 1, 0
-            counters.epoch, counters.batch = counters.epoch + 1, 0
-    print(f"{'stopped' if signals else 'done'}: {counters.total_steps} steps; python sample.py --model {out}")
-    return signals[0] if signals else 0
 
+    def check_finite(self, value: float, micro_batches: list[tuple[int, Batch]]) -> None:
+        names = [self.records[index].name for _, batch in micro_batches for index in batch.indices]
+        check(math.isfinite(value),
+              f"step {self.at.total_steps + 1}: loss or gradient is not finite; the weights are untouched. "
+              f"Lower --lr, or look at the files of this batch: {', '.join(names)}")  # fmt: skip
 
-def begin_phase(task, config: Config, phase: Phase, held_out: list, before: Learner | None) -> Learner:
-    """What learns in this phase, with moments and EMA of the last; what learns no more becomes its EMA."""
-    if before:
-        for name, average in before.ema.items():
-            if name.startswith("text_encoder/") and not phase.train_text:
-                before.params[name].data.copy_(average)
-    learner = Learner(task.begin(phase, held_out), config)
-    if before:
-        learner.inherit(before)
-    return learner
+    def log(self, entry: dict, line: str) -> None:
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(line, flush=True)
 
+    def log_step(self, micro_batches: list, seconds: float, waited: float, **numbers: float) -> None:
+        """numbers: loss, grad_norm, lr"""
+        num_tokens = sum(batch.bucket.tokens * len(batch.indices) for _, batch in micro_batches)
+        entry = {"step": self.at.total_steps + 1, "phase": self.at.phase + 1, "epoch": micro_batches[-1][0]}
+        entry |= numbers | {"tokens_per_s": num_tokens * self.config.draws_per_clip / seconds}
+        entry |= {"wait": waited / seconds, "gib": gib_used(self.task.device), "seconds": seconds}
+        self.pace = 0.9 * self.pace + 0.1 * seconds if self.pace else seconds
+        left = as_time(self.pace * (self.num_steps - entry["step"]))
+        text = ("phase {phase} step {step}/{of}  loss {loss:.4f}  grad {grad_norm:.3f}  lr {lr:.2e}  "
+                "{tokens_per_s:.0f} tokens/s  wait {wait:.0%}  {gib:.2f} GiB  {left} left")  # fmt: skip
+        self.log(entry, text.format(**entry, of=self.num_steps, left=left))
 
-def validate(args: argparse.Namespace, task, learner: Learner, log: Log, counters: Counters) -> None:
-    with learner.averaged():
-        result = task.validate()
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
-    log.write({"step": counters.total_steps, **result}, f"held out at step {counters.total_steps}: {shown}")
-    draw_curve(log.path, args.out / "loss.png")
+    def validate(self) -> None:
+        with self.learner.averaged():
+            result = self.task.validate()
+        step, shown = self.at.total_steps, "  ".join(f"{name} {value:.4g}" for name, value in result.items())
+        self.log({"step": step, **result}, f"held out at step {step}: {shown}")
+        draw_curve(self.log_file, self.out / "loss.png")
 
+    def preview(self) -> None:
+        for i, (batch, _) in enumerate(self.held_out[: self.args.num_previews]):
+            path = self.out / "previews" / f"step-{self.at.total_steps:06d}-{i}"
+            with self.learner.averaged():
+                self.task.preview(self.out, path, batch, self.args.preview_steps)
+            print(f"{path}.gif and .png: {batch.caption[0]}", flush=True)
 
-def preview(args: argparse.Namespace, task, learner: Learner, counters: Counters, held_out: list) -> None:
-    for i, (batch, _) in enumerate(held_out[: args.num_previews]):
-        path = args.out / "previews" / f"step-{counters.total_steps:06d}-{i}"
-        with learner.averaged():
-            task.preview(args.out, path, batch, args.preview_steps)
-        print(f"{path}.gif and .png: {batch.caption[0]}", flush=True)
+    def save(self) -> None:
+        """A checkpoint: folders like those of --model with EMA weights, and training/ with all else."""
+        self.at.log_bytes = self.log_file.stat().st_size
+        state = {"counters": dataclasses.asdict(self.at), "settings": self.settings}
+        with checkpoint.new_checkpoint(self.out, self.at.total_steps, self.args.keep) as folder:
+            with self.learner.averaged():
+                self.task.save(folder)
+            checkpoint.save_weights(self.learner.state(), folder / "training", "state")
+            (folder / "training" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        print(f"saved step {self.at.total_steps} in {self.out / 'checkpoints'}", flush=True)
 
 
 # ---------------------------------------------------------------- the command line
@@ -1044,54 +806,11 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, dtype)
 
 
-def check_records(task, records: list[Record]) -> None:
-    if not records:
-        raise ValueError("there are no samples to train on")
-    if getattr(task, "kind", None) == "control":
-        for record in records:
-            if record.read_control is None:
-                raise ValueError(
-                    f"{record.name} has no control_file_path, which a control model (32 channels) needs"
-                )
-
-
-def settings_of(args: argparse.Namespace, config: Config) -> dict:
-    """What has to be the same when a run is resumed, as JSON can hold it."""
-    return json.loads(
-        json.dumps({"data": str(args.data), "val_data": str(args.val_data), **dataclasses.asdict(config)})
-    )
-
-
-def begin_or_resume(args: argparse.Namespace, config: Config, settings: dict) -> Path | None:
-    """The checkpoint to go on from, or None after OUT was made ready to start."""
-    newest = newest_checkpoint(args.out)
-    if newest and not args.resume:
-        raise ValueError(f"{args.out} holds a run ({newest.name}); add --resume, or choose another --out")
-    if not newest:
-        if args.model and args.out.resolve() == args.model.resolve():
-            raise ValueError(f"--out {args.out} is the folder to start from; choose another")
-        begin_folder(args.out, args.model, config, args.from_scratch)
-        return None
-    before = read_json(newest / "training" / "state.json")["settings"]
-    if changed := [name for name in settings if settings[name] != before.get(name)]:
-        name = changed[0]
-        raise ValueError(
-            f"{newest} was trained with {name} = {before.get(name)}, now it is {settings[name]}; "
-            "repeat the settings to resume, or start a new run from it with --model"
-        )
-    print(f"resuming from {newest}")
-    publish(args.out, newest, args.keep)  # the kill may have come between saving and this
-    return newest
-
-
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     """The command line, and the preset with what it changes."""
-    parser = Parser(
-        prog="train.py",
-        description="Train the VAE, or train and fine-tune the transformer, of CogVideoX and CogVideoX-Fun.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    description = "Train the VAE, or train and fine-tune the transformer, of CogVideoX and CogVideoX-Fun."
+    parser = sample.Parser(prog="train.py", description=description, allow_abbrev=False,
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="tiny", help="settings to start from, see Config")
     add("--train", choices=["dit", "vae"], default="dit", help="what learns")
@@ -1104,8 +823,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--phase", type=int, default=1, help="the phase to start with, 1 … 3")
     add("--num-steps", type=int, help="stop after so many steps in all; else at the end of the last phase")
     add("--phase-steps", type=int, nargs="+", help="steps of each phase (the preset's)")
-    group = parser.add_argument_group("in place of the preset's values, in every phase")
-    add = group.add_argument
+    add = parser.add_argument_group("in place of the preset's values, in every phase").add_argument
     add("--resolutions", type=int, nargs="+", help="base sizes")
     add("--max-tokens", type=int, help="tokens of a clip")
     add("--num-frames", type=int, dest="max_frames", help="most frames of a clip")
@@ -1119,18 +837,15 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--max-grad-norm", type=float)
     add("--ema-decay", type=float, help="0: none")
     add("--kl-weight", type=float)
+    add("--lora-rank", type=int, help=f"learn LoRA of this rank: OUT/{LORA}, for sample.py --lora")
+    add("--lora-alpha", type=float, help="how much it counts, as alpha/rank; the rank if not given")
     add("--in-channels", type=int, help="16, 32 or 33: grow the transformer's input")
     add("--position", choices=["interpolate", "regenerate"], help="sincos positions off the native grid")
     add("--num-shapes", type=int, help="clips in an epoch of --data shapes")
     add("--seed", type=int)
-    group = parser.add_argument_group("without influence on the numbers")
-    add = group.add_argument
+    add = parser.add_argument_group("without influence on the numbers").add_argument
     add("--device", help="default: the best there is")
-    add(
-        "--dtype",
-        choices=["bfloat16", "float32"],
-        help="of the arithmetic; default: bfloat16 where it is fast",
-    )
+    add("--dtype", choices=["bfloat16", "float32"], help="to compute in; bfloat16 where it is fast")
     add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="compile the transformer's blocks")
     add("--num-workers", type=int, default=4, help="threads that load data")
@@ -1145,64 +860,103 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     args.out = args.out or Path("runs") / (args.preset + ("-vae" if args.train == "vae" else ""))
     if not args.model and args.preset == "tiny" and args.train == "dit":
         args.model = "runs/tiny-vae"  # what --train vae makes
-        if not Path(args.model).is_dir():
-            raise ValueError(
-                f"there is no {args.model} yet; run --train vae first, or give --model a folder with vae/"
-            )
-    args.model = find_model(args.model) if args.model else None
+        remedy = "run --train vae first, or give --model a folder with vae/"
+        check(Path(args.model).is_dir(), f"there is no {args.model} yet; {remedy}")
+    args.model = checkpoint.find_model(args.model) if args.model else None
     return args, make_config(args)
+
+
+AT_LEAST_ONE = """batch_size draws_per_clip max_frames fps num_shapes save_every val_every preview_every keep
+num_val num_workers preview_steps num_steps grad_accum max_tokens lora_rank""".split()
 
 
 def make_config(args: argparse.Namespace) -> Config:
     """The preset with the command line's changes; ValueError for what cannot be."""
-    config = PRESETS[args.preset][args.train]
+    preset = PRESETS[args.preset][args.train]
+    given = {name: value for name, value in vars(args).items() if value is not None}
     names = {field.name for field in dataclasses.fields(Config)} - {"phases", "train"}
-    config = replace(config, **{k: v for k, v in vars(args).items() if k in names and v is not None})
-    positive = {
-        name: getattr(config, name)
-        for name in ("batch_size", "draws_per_clip", "max_frames", "fps", "num_shapes")
-    }
-    positive |= {
-        name: getattr(args, name)
-        for name in ("save_every", "val_every", "preview_every", "keep", "num_val", "num_workers")
-    }
-    positive |= {
-        "num_steps": 1 if args.num_steps is None else args.num_steps,
-        "grad_accum": 1 if args.grad_accum is None else args.grad_accum,
-        "max_tokens": 1 if args.max_tokens is None else args.max_tokens,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} should be at least 1")
-    phases = list(config.phases)
-    if args.phase_steps:
-        if len(args.phase_steps) > len(phases):
-            raise ValueError(
-                f"--phase-steps has {len(args.phase_steps)} numbers, {args.preset} {len(phases)} phases"
-            )
-        phases = [replace(p, num_steps=n) for p, n in zip(phases, args.phase_steps)]
-    for i, phase in enumerate(phases):
-        if args.lr is not None:
-            phase = replace(phase, lr=args.lr, final_lr=args.lr)
-        phase = replace(
-            phase,
-            resolutions=tuple(args.resolutions or phase.resolutions),
-            max_tokens=args.max_tokens or phase.max_tokens,
-            global_batch=config.batch_size * args.grad_accum if args.grad_accum else phase.global_batch,
+    config = replace(preset, **{name: given[name] for name in names & given.keys()})
+    changes = {"lr": args.lr, "final_lr": args.lr, "max_tokens": args.max_tokens}
+    changes["resolutions"] = args.resolutions and tuple(args.resolutions)
+    changes["global_batch"] = args.grad_accum and config.batch_size * args.grad_accum
+    changes["train_text"] = False if args.lora_rank else None  # its file holds the transformer's part alone
+    changes = {name: value for name, value in changes.items() if value is not None}
+    steps = args.phase_steps or [phase.num_steps for phase in config.phases]
+    phases = [replace(phase, num_steps=n, **changes) for phase, n in zip(config.phases, steps)]
+
+    count = len(phases)
+    for name in AT_LEAST_ONE:
+        value = given.get(name, 1)
+        check(value >= 1, f"--{name.replace('_', '-')} {value} should be at least 1")
+    check(len(steps) <= count, f"--phase-steps has {len(steps)} numbers, {args.preset} {count} phases")
+    check(min(steps) >= 1, f"--phase-steps {min(steps)} should be at least 1")
+    check(1 <= args.phase <= count, f"--phase {args.phase} is not among the {count} phases of {args.preset}")
+    nearest = config.max_frames // 4 * 4 + 1
+    is_legal = nearest == config.max_frames
+    check(is_legal, f"--num-frames {config.max_frames}; the VAE needs 4k+1, try {nearest}")
+    check(0 <= config.ema_decay < 1, f"--ema-decay {config.ema_decay} should be at least 0 and below 1")
+    for size in (size for phase in phases for size in phase.resolutions):
+        check(size >= 16 and size % 16 == 0, f"--resolutions {size} is not a multiple of 16")
+    for phase in phases:
+        parts = (
+            f"a step of {phase.global_batch} clips cannot be cut into micro-batches of {config.batch_size}"
         )
-        if phase.global_batch % config.batch_size:
-            raise ValueError(f"a step of {phase.global_batch} clips cannot be cut into micro-batches of "
-                             f"{config.batch_size}; give --grad-accum")  # fmt: skip
-        phases[i] = phase
-    if not 1 <= args.phase <= len(phases):
-        raise ValueError(f"--phase {args.phase} is not among the {len(phases)} phases of {args.preset}")
-    if config.max_frames % 4 != 1:
-        raise ValueError(
-            f"--num-frames {config.max_frames}; the VAE needs 4k+1, try {config.max_frames // 4 * 4 + 1}"
-        )
-    if bad := [size for phase in phases for size in phase.resolutions if size < 16 or size % 16]:
-        raise ValueError(f"--resolutions {bad[0]} is not a multiple of 16")
+        check(phase.global_batch % config.batch_size == 0, f"{parts}; give --grad-accum")
+    is_dit = config.train == "dit"
+    check(is_dit or config.draws_per_clip == 1, "--draws-per-clip is for --train dit; leave it out")
+    fits_lora = is_dit and not config.in_channels
+    remedy = "leave out --train vae and --in-channels"
+    check(fits_lora or not config.lora_rank, f"--lora-rank fine-tunes a transformer as it is; {remedy}")
     return replace(config, phases=tuple(phases))
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(run: Run) -> None:
+    """All phases, from where the run is to its end or to a signal."""
+    args, config, at, task = run.args, run.config, run.at, run.task
+    while at.total_steps < run.num_steps and not run.signals:
+        run.begin_phase()
+        run.describe()
+        phase, learner = run.phase, run.learner
+        if at.total_steps == 0:
+            run.validate()  # where it starts
+        todo, ahead = itertools.tee(run.deal())
+        loaded = run.loader.batches(micro_batch for micro_batches in ahead for micro_batch in micro_batches)
+
+        for micro_batches in todo:  # a global batch, and so one step
+            start, waited, loss = time.perf_counter(), 0.0, 0.0
+            keys = [run.keys(epoch, batch) for epoch, batch in micro_batches]
+            timesteps = stratified_timesteps(repeated(sum(keys, []), config.draws_per_clip))
+            parts = timesteps.split([len(part) * config.draws_per_clip for part in keys])
+            for micro_batch, part, t in zip(micro_batches, keys, parts):
+                asked = time.perf_counter()
+                _, _, samples = next(loaded)  # decoded in threads, ahead of their use
+                waited += time.perf_counter() - asked
+                share = task.losses(samples, part, t).sum() / len(timesteps)
+                share.backward()  # so that the gradient is the mean over all samples, however they are cut
+                loss += share.item()
+                run.check_finite(loss, [micro_batch])
+            grad_norm = learner.clip(at.total_steps)
+            run.check_finite(grad_norm, micro_batches)
+            lr = learning_rate(phase, config.warmup_steps, at.step)
+            learner.step(lr)
+            learner.update_ema(at.total_steps)
+            seconds = time.perf_counter() - start
+            run.log_step(micro_batches, seconds, waited, loss=loss, grad_norm=grad_norm, lr=lr)
+            at.advance(micro_batches, config.phases)
+
+            is_last = at.total_steps == run.num_steps or at.step == 0  # of the run, or of the phase
+            if is_last or at.total_steps % args.val_every == 0:
+                run.validate()
+            if is_last or at.total_steps % args.preview_every == 0:
+                run.preview()
+            if is_last or run.signals or at.total_steps % args.save_every == 0:
+                run.save()
+            if is_last or run.signals:
+                break
+        loaded.close()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1218,8 +972,15 @@ def main(argv: list[str] | None = None) -> int:
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         args, config = parse(argv)
-        number = train(args, config, signals)
-        return 128 + number if number else 0
+        run = Run(args, config, signals)
+        train(run)
+        following = f"sample.py PROMPT --model {args.out}"
+        if config.lora_rank:
+            following += f" --lora {args.out / LORA}"
+        if config.train == "vae":
+            following = f"train.py --preset {args.preset} --model {args.out}"  # a transformer for its latents
+        print(f"{'stopped' if signals else 'done'}: {run.at.total_steps} steps; now python {following}")
+        return 128 + signals[0] if signals else 0
     except (ValueError, OSError) as error:
         message = str(error)
     except torch.OutOfMemoryError:

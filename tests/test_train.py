@@ -15,6 +15,7 @@ from conftest import GOLDENS, assert_close, expected
 from safetensors.torch import load_file
 
 import train
+from checkpoint import newest_checkpoint
 from data import Bucket, Record, collate, load_sample, write_video
 from diffusion import Schedule
 from text_encoder import T5Encoder
@@ -24,7 +25,6 @@ from train import (
     learning_rate,
     main,
     make_config,
-    newest_checkpoint,
     normal,
     parse,
     stratified_timesteps,
@@ -163,15 +163,18 @@ def one_shape(folder: Path) -> Path:
     return folder
 
 
-def test_samples_of_uneven_micro_batches_count_alike():
-    """The loss is the mean over samples: a micro-batch of three weighs three times one of one."""
-    task = task_for(INPAINT)
-    task.begin(task.config.phases[0], [])
-    task.losses = lambda batch, keys, timesteps: torch.tensor([float(k[2]) for k in keys], requires_grad=True)
-    batches = [train.Batch(Bucket(1, 32, 32), [1, 2, 3]), train.Batch(Bucket(5, 32, 32), [10])]
-    loaded = iter([(0, batch, None) for batch in batches])
-    loss, _ = train.accumulate(task, task.config, [(0, i, b) for i, b in enumerate(batches)], loaded)
-    assert loss == pytest.approx((1 + 2 + 3 + 10) / 4)
+def test_samples_of_uneven_micro_batches_count_alike(tmp_path, monkeypatch):
+    """The loss is the mean over samples: of eight in micro-batches of 3, 3 and 2, each weighs an eighth."""
+
+    def index_of_each_sample(self, batch, keys, timesteps):
+        weight = next(self.dit.parameters()).sum()  # so that there is a gradient, of zero
+        return 0 * weight + torch.tensor([float(index) for _, _, index in keys])
+
+    monkeypatch.setattr(train.Denoising, "losses", index_of_each_sample)
+    options = ["--batch-size", 3, "--grad-accum", 3, "--num-steps", 1, "--draws-per-clip", 1]
+    clips = one_shape(tmp_path)
+    assert run(tmp_path / "out", *options, "--data", clips, "--val-data", clips) == 0
+    assert entries(tmp_path / "out")[1]["loss"] == pytest.approx(sum(range(8)) / 8)
 
 
 # ---------------------------------------------------------------- resuming
@@ -195,18 +198,20 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path):
     assert not list((parts / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("moment", ["save_weights", "draw_curve", "publish"])  # in a save, before, after
+@pytest.mark.parametrize("moment", ["checkpoint.save_weights", "train.draw_curve", "checkpoint.publish"])
 def test_a_kill_leaves_the_last_checkpoint_to_resume_from(tmp_path, moment):
+    """In a save, before it and after it."""
     out = tmp_path / "out"
     assert run(out, "--num-steps", 3) == 0
     argv = [*SMALL, "--model", str(INPAINT), "--out", str(out), "--resume", "--num-steps", "6"]
-    kill = "lambda out, path, keep: path.name == 'step-000003' or " if moment == "publish" else "lambda *_: "
-    code = "import os, signal, torch, train\ntorch.set_num_threads(1)\n"  # like here: sums depend on it
-    code += f"train.{moment} = {kill}os.kill(os.getpid(), signal.SIGKILL)\n"
+    kill = "lambda out, path, *_: path.name == 'step-000006' and " if "publish" in moment else "lambda *_: "
+    code = "import checkpoint, os, signal, torch, train\n"
+    code += "torch.set_num_threads(1)\n"  # like here: sums depend on it
+    code += f"{moment} = {kill}os.kill(os.getpid(), signal.SIGKILL)\n"
     code += f"train.main({argv})"
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    assert newest_checkpoint(out).name == ("step-000006" if moment == "publish" else "step-000003")
+    assert newest_checkpoint(out).name == ("step-000006" if "publish" in moment else "step-000003")
     assert run(out, "--num-steps", 6, "--resume") == 0
     assert run(tmp_path / "whole", "--num-steps", 6) == 0
     assert (out / TRANSFORMER).read_bytes() == (tmp_path / "whole" / TRANSFORMER).read_bytes()
@@ -220,7 +225,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "save_weights", full)
+    monkeypatch.setattr(train.checkpoint, "save_weights", full)
     assert run(out, "--num-steps", 6, "--resume") == 2
     message = capsys.readouterr().err
     assert "No space left" in message and "step-000003 is intact" in message and message.count("\n") == 1
@@ -229,14 +234,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatc
 
 
 def test_a_signal_saves_and_stops(tmp_path, monkeypatch):
-    out, one_step = tmp_path / "out", train.one_step
+    out = tmp_path / "out"
 
-    def step_and_terminate(*args):
+    def rate_and_terminate(*args):  # called in every step
         os.kill(os.getpid(), signal.SIGTERM)
-        return one_step(*args)
+        return learning_rate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "one_step", step_and_terminate)
+        patch.setattr(train, "learning_rate", rate_and_terminate)
         assert run(out, "--num-steps", 6) == 128 + signal.SIGTERM
     assert newest_checkpoint(out).name == "step-000001"
     assert run(out, "--num-steps", 6, "--resume") == 0
@@ -300,6 +305,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
         (["--num-frames", 6], "try 5"),
         (["--resolutions", 40], "multiple of 16"),
         (["--phase", 4], "--phase 4"),
+        (["--lora-rank", 0], "lora-rank 0"),
+        (["--lora-rank", 4, "--in-channels", 33], "--in-channels"),
+        (["--train", "vae", "--draws-per-clip", 2], "--draws-per-clip"),
+        (["--ema-decay", 1], "--ema-decay 1"),
+        (["--phase-steps", 0], "--phase-steps 0"),
         (["--phase-steps", 1, 2, 3, 4], "--phase-steps"),
         (["--batch-size", 0], "batch-size 0"),
         (["--grad-accum", 0], "grad-accum 0"),
@@ -330,12 +340,21 @@ def test_the_learning_rate_warms_up_and_decays():
     assert learning_rate(replace(phase, final_lr=2.0), 10, 70) == 2.0
 
 
+def test_clipping_over_time_is_the_references():
+    """Five times max_grad_norm, falling to it over 1000 steps; then a spike of s > 5 is cut to 1/min(s, 10)."""
+    config = replace(train.FUN_2B, max_grad_norm=2.0)
+    assert [train.clip_norm(config, step, 99.0) for step in (0, 500, 1000)] == [10.0, 6.0, 2.0]
+    assert [train.clip_norm(config, 1001, norm) for norm in (1.0, 10.0, 12.0, 99.0)] == [2.0, 2.0, 2 / 6, 0.2]
+    assert train.clip_norm(replace(config, wide_clip_steps=None), 0, 99.0) == 2.0
+
+
 def test_the_average_follows_and_steps_aside():
     module = torch.nn.Linear(2, 2, bias=False)
     learner = Learner({"m": module}, replace(train.TINY, ema_decay=0.5, max_grad_norm=1.0))
     start = module.weight.detach().clone()
     module.weight.grad = torch.ones_like(start)
-    learner.step(0.1, total_steps=1000)
+    learner.step(0.1)
+    learner.update_ema(1000)
     stepped = module.weight.detach().clone()
     assert not torch.equal(start, stepped)
     with learner.averaged():
@@ -398,15 +417,48 @@ def test_colours_count_more_where_the_target_is_colourful():
     assert train.reconstruction_losses(edge, grey) > train.reconstruction_losses(flat, grey)
 
 
+# ---------------------------------------------------------------- LoRA
+
+
+def test_lora_learns_beside_the_transformer_and_resumes_to_the_byte(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--lora-rank", 3, "--lora-alpha", 2, "--lr", 1e-2]  # 2/3: folding it into a file rounds
+    assert run(whole, *options, "--num-steps", 4) == 0
+    assert run(parts, *options, "--num-steps", 3) == 0
+    assert run(parts, *options, "--num-steps", 4, "--resume") == 0
+    for name in ("lora.safetensors", "checkpoints/step-000004/training/state.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    for name in (TRANSFORMER, "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        assert (whole / name).read_bytes() == (INPAINT / name).read_bytes()
+    lora = load_file(whole / "lora.safetensors")
+    assert any(tensor.any() for key, tensor in lora.items() if "lora_B" in key)
+    assert all(key.startswith("transformer.") for key in lora)
+
+
+def test_a_lora_file_says_what_the_run_validated(tmp_path):
+    """Merged by `load_lora`, the EMA weights in OUT/lora.safetensors give the last validation loss again."""
+    options = ["--lora-rank", 2, "--lora-alpha", 3, "--lr", 1e-1, "--num-steps", 2, "--warmup-steps", 0]
+    assert run(tmp_path, *options) == 0
+    args, config = parse([*SMALL, "--model", str(INPAINT)])
+    learnt = train.Run(
+        parse([*SMALL, "--model", str(INPAINT), "--out", str(tmp_path / "new")])[0], config, []
+    )
+    train.sample.load_lora(learnt.task.dit, tmp_path / "lora.safetensors")
+    learnt.begin_phase()
+    first, *_, last = (line["val_loss"] for line in entries(tmp_path) if "val_loss" in line)
+    assert learnt.task.validate()["val_loss"] == pytest.approx(last, rel=1e-5)  # sums in another order
+    assert abs(first - last) > 1e-3
+
+
 # ---------------------------------------------------------------- models by channels
 
 
 def test_an_inpaint_run_grows_from_a_text_model_without_changing_what_it_says(tmp_path):
-    assert (
-        run(tmp_path, "--num-steps", 1, "--in-channels", 33, "--lr", 0, "--warmup-steps", 0, model=PLAIN) == 0
-    )
+    options = ["--num-steps", 1, "--in-channels", 33, "--lr", 0, "--warmup-steps", 0]
+    assert run(tmp_path, *options, model=PLAIN) == 0
     grown, plain = VideoTransformer.from_pretrained(tmp_path), VideoTransformer.from_pretrained(PLAIN)
     assert grown.config.in_channels == 33
+    assert "Fun_Pipeline_Inpaint" in (tmp_path / "model_index.json").read_text()
     grown.position = plain.position
     noisy = torch.randn(1, 16, 2, 4, 6)
     text = torch.randn(1, plain.config.max_text_seq_length, plain.config.text_embed_dim)
@@ -485,6 +537,15 @@ def test_flags_replace_the_presets_values():
 def test_a_step_that_cannot_be_cut_into_micro_batches_is_refused(capsys):
     assert main(["--preset", "fun-2b", "--model", str(INPAINT), "--data", "x.json", "--batch-size", "3"]) == 2
     assert "micro-batches of 3" in capsys.readouterr().err
+
+
+def test_the_last_line_says_what_to_do_next(tmp_path, capsys):
+    runs = {"dit": [], "vae": ["--train", "vae"], "lora": ["--lora-rank", 1]}
+    for name, options in runs.items():
+        assert run(tmp_path / name, "--num-steps", 1, *options) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("done: 1 steps") and str(tmp_path / name) in last
+        assert ("train.py" in last) == (name == "vae") and ("--lora " in last) == (name == "lora")
 
 
 def test_the_tiny_transformer_asks_for_its_vae_first(tmp_path, monkeypatch, capsys):
