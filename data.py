@@ -60,6 +60,8 @@ def read_image(source: Picture) -> np.ndarray:
     if not isinstance(source, (str, Path)):
         return _to_rgb(source if isinstance(source, Image.Image) else _from_array(np.asarray(source)))
     _must_exist(source)
+    if Path(source).suffix.lower() in CLIP_ENDINGS - {".gif"}:
+        raise ValueError(f"{source} is a clip; a picture is needed here (its first frame, for instance)")
     try:
         with Image.open(source) as picture:
             if math.prod(picture.size) > MAX_PIXELS:

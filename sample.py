@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -65,7 +66,7 @@ from transformer import (
     model_kind,
     native_size,
 )
-from vae import VAEConfig, VideoVAE, inpaint_condition
+from vae import VAEConfig, VideoVAE, decoded_frames, inpaint_condition
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 SMALL_TOKENS = 1024  # up to here both prompts go through the network together
@@ -80,17 +81,24 @@ Clip = str | Path | np.ndarray  # an array is uint8 f h w 3, at the model's fram
 class Models:
     """The networks of a checkpoint folder, each in memory only while it is in use (unless keep)."""
 
-    def __init__(self, model_dir: str | Path, dtype: torch.dtype, device: str | torch.device, keep: bool):
+    def __init__(
+        self,
+        model_dir: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        keep: bool = False,
+        loras: list[tuple[str | Path, float]] = [],
+    ):
         self.model_dir, self.dtype, self.keep = Path(model_dir), dtype, keep
-        self.device = torch.device(device)
+        self.device, self.loras = torch.device(device), list(loras)
         config_file = component_dir(model_dir, "transformer") / "config.json"
         self.transformer_config = read_config(TransformerConfig, config_file)
         self.vae_config = read_config(VAEConfig, component_dir(model_dir, "vae") / "config.json")
         self.kind = model_kind(self.transformer_config)
+        self.first_alone = self.kind in ("inpaint", "control")  # Fun's chunks in decoding, else diffusers'
         self.schedule = Schedule.from_pretrained(model_dir)
         self.tokenizer = Tokenizer.from_pretrained(model_dir)
         self.loaded: dict[str, nn.Module] = {}  # put a module here to use it in place of the folder's
-        self.loras: list[tuple[str | Path, float]] = []  # (file, weight), merged into the transformer
         self.seconds: dict[str, float] = {}  # spent in each stage so far
 
     @functools.cached_property
@@ -165,12 +173,10 @@ def load_models(
     """Look at a checkpoint folder; its networks are loaded when `generate` first uses them.
 
     keep: leave them in memory afterwards, for a next call
-    loras: files and how much each counts, see `lora.load_lora`
+    loras: (file, weight), merged into the transformer, see `lora.load_lora`
     raises ValueError or OSError if the folder is not a complete checkpoint
     """
-    models = Models(model_dir, dtype, device, keep)
-    models.loras = list(loras)
-    return models
+    return Models(model_dir, dtype, device, keep, loras)
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -218,9 +224,10 @@ class Request:
         if kind in ("control", "image") and not given:
             raise ValueError(f"{name} needs {'an image' if kind == 'image' else 'a control_video'}")
         if "video" in given and given & {"image", "end_image"}:
-            raise ValueError("image and video contradict each other; a video brings its own frames")
+            picture = "image" if "image" in given else "end_image"
+            raise ValueError(f"{picture} and video contradict each other; a video brings its own frames")
         if "mask" in given and not ("video" in given or given == {"image", "mask"}):
-            raise ValueError("mask says where to change a video or a single image; give one, no end_image")
+            raise ValueError("mask needs a video, or an image without end_image, to say where to change it")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength={self.strength} is outside (0, 1]; 0.8 changes much, 0.5 less, 1 all")
         if self.strength < 1 and self.video is None:
@@ -303,14 +310,16 @@ def prepare(models: Models, request: Request, fps: float = FPS) -> Job:
     seed = int.from_bytes(os.urandom(4)) if request.seed is None else request.seed
     job = Job(request, height, width, num_frames, request.sampler or _default_sampler(models), seed)
 
-    if size is not None and not (request.height and request.width):
+    if size not in (None, (height, width)) and not (request.height and request.width):
         job.notes.append(f"the input of {size[1]}x{size[0]} is made at {width}x{height}")
     if clip is not None and num_frames < len(clip) < most_frames:
         job.notes.append(f"of the clip's {len(clip)} frames at {fps:g} fps the first {num_frames} are taken")
     if request.video is not None and request.strength == 1 and request.mask is None:
         job.notes.append("strength 1 and no mask: only the size and length of the video are kept")
+    if (out := decoded_frames(job.latent_shape(1)[2], models.first_alone)) != num_frames:
+        job.notes.append(f"{num_frames} frames are an even number of latent frames: this model decodes {out}")
     if first is not None:
-        check_memory({"the input": 12 * num_frames * height * width}, torch.device("cpu"))
+        check_memory({"the input": 3 * 4 * num_frames * height * width}, torch.device("cpu"))  # fp32 pixels
     if clip is not None:
         job.frames = resize(clip[:num_frames], height, width)
     elif images or end_image is not None:
@@ -318,8 +327,8 @@ def prepare(models: Models, request: Request, fps: float = FPS) -> Job:
     if request.mask is not None:
         job.mask = read_mask(request.mask, num_frames, height, width, fps)
     if job.mask is not None and not job.mask.any():
-        raise ValueError("everything is given and nothing left to generate; "
-                         "the mask needs some white, or a picture more frames")  # fmt: skip
+        raise ValueError("what is given fills all frames and leaves nothing to generate; "
+                         "raise num_frames, or give a mask with some white")  # fmt: skip
     shape = job.latent_shape(config.out_channels)
     if request.latents is not None and tuple(request.latents.shape) != shape:
         raise ValueError(f"latents of shape {tuple(request.latents.shape)} do not fit; expected {shape}")
@@ -423,7 +432,7 @@ def denoise(models: Models, dit: VideoTransformer, job: Job, randn: Callable, pr
     x = x.to(models.device, torch.float32)
     text = dit.project_text(job.text.to(models.device, dtype))
     condition = None if job.condition is None else job.condition.to(models.device, dtype)
-    together = math.prod(x.shape[2:]) // 4 <= SMALL_TOKENS  # larger ones save memory one by one
+    together = num_tokens(models.transformer_config, x.shape) <= SMALL_TOKENS  # else one by one, for memory
 
     def velocity(x: Tensor, t: int) -> Tensor:
         scale = guidance_at(
@@ -474,10 +483,10 @@ def make_frames(models: Models, latents: Tensor, progress: bool = False) -> Iter
 
     raises ValueError if the pixels are not finite
     """
-    first_alone = models.kind in ("inpaint", "control")  # else diffusers' chunks
-    bar = _bar(None, "decode", progress, unit="frame", total=4 * latents.shape[2] - 3)
+    num_frames = decoded_frames(latents.shape[2], models.first_alone)
+    bar = _bar(None, "decode", progress, unit="frame", total=num_frames)
     with models.use("vae", "decode") as vae, bar:
-        for pixels in vae.decode_stream(latents, first_alone=first_alone):
+        for pixels in vae.decode_stream(latents, first_alone=models.first_alone):
             if not torch.isfinite(pixels).all():
                 raise ValueError(f"the decoded frames are not finite in {str(models.dtype)[6:]}; decode the "
                                  "saved latents with dtype float32, or use other weights")  # fmt: skip
@@ -533,14 +542,14 @@ def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
     size, dit = models.dtype.itemsize, models.transformer_config
     tokens = num_tokens(dit, latents)
     passes = 2 if tokens <= SMALL_TOKENS else 1
-    # The decoder's widest layers hold some 50 pictures of full size: chunks of 8 frames, and copies of them.
-    pictures = models.vae_config.block_out_channels[1] * 64 * latents[3] * latents[4] * size
+    # The widest layers hold dozens of maps of full size: chunks of 8 frames, and copies of them.
+    map_bytes = models.vae_config.block_out_channels[1] * 64 * latents[3] * latents[4] * size
     weights = {name: count * size for name, count in models.num_parameters.items()}
     return {
-        "text": weights["text_encoder"] // (1 if models.keep else 14),  # streamed: a layer at a time
-        "encode": weights["vae"] + 33 * pictures,
+        "text": weights["text_encoder"] // (1 if models.keep else 14),  # streamed: a layer of 24 and buffers
+        "encode": weights["vae"] + 33 * map_bytes,
         "denoise": weights["transformer"] + 23 * passes * (dit.max_text_seq_length + tokens) * dit.dim * size,
-        "decode": weights["vae"] + 52 * pictures,
+        "decode": weights["vae"] + 52 * map_bytes,
     }
 
 
@@ -577,22 +586,23 @@ def describe(models: Models, jobs: list[Job], needs: dict[str, int]) -> str:
 
 
 def load_latents(path: Path) -> tuple[Tensor, dict]:
-    """Latents 1 c f' h' w' and the record of their making, as `sample` saves them.
+    """Latents 1 c f' h' w' and the record of their making, as `sample_all` saves them.
 
     raises ValueError or OSError if the file is anything else
     """
+    wrong = ValueError(f"{path} holds no latents of ours; give the .safetensors beside a video")
+    if path.is_file() and path.suffix != ".safetensors":
+        raise wrong
     with open_safetensors(path) as file:
         if list(file.keys()) != ["latents"]:
-            raise ValueError(f"{path} holds no latents of ours; give the .safetensors beside a video")
+            raise wrong
         latents, record = file.get_tensor("latents"), (file.metadata() or {}).get("record", "{}")
     try:
         record = json.loads(record)
     except (ValueError, RecursionError):
         record = None
-    if not (
-        latents.dim() == 5 and len(latents) == 1 and latents.is_floating_point() and isinstance(record, dict)
-    ):
-        raise ValueError(f"{path} holds no latents of ours; give the .safetensors beside a video")
+    if latents.dim() != 5 or len(latents) != 1 or not latents.is_floating_point() or type(record) is not dict:
+        raise wrong
     if not torch.isfinite(latents := latents.float()).all():
         raise ValueError(f"{path} holds latents that are not finite; sample again, with --dtype float32")
     return latents, record
@@ -672,11 +682,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     def add(flag: str, text: str, **settings) -> None:
         default = settings.setdefault("default", getattr(Request, flag.strip("-").replace("-", "_"), None))
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = "the tiny model, checkpoints/tiny" if default is TINY else shown
         parser.add_argument(flag, help=text + (f" (default {shown})" if shown else ""), **settings)
 
     add("prompt", "what to show; several prompts make several videos", nargs="*")
     hub_id = "alibaba-pai/CogVideoX-Fun-V1.1-2b-InP"
-    add("--model", f"checkpoint folder, or a hub id such as {hub_id}", default=str(TINY))
+    add("--model", f"checkpoint folder, or a hub id such as {hub_id}", default=TINY)
     add("--negative-prompt", "what to steer away from", metavar="TEXT")
     add("--image", "start picture; several are the first frames", nargs="+", metavar="PICTURE")
     add("--end-image", "last frame", metavar="PICTURE")
@@ -687,7 +698,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--height", "multiple of 16; default: the model's own, or near it at the input's aspect", type=int)
     add("--width", "multiple of 16; default: as for --height", type=int)
     add("--num-frames", "4k+1; 1 makes a picture; default: the model's own, or the clip's", type=int)
-    add("--num-steps", "network evaluations", type=int)
+    add("--num-steps", "steps of the sampler", type=int)
     add("--guidance-scale", "pull towards the prompt; 1: none", type=float)
     add("--dynamic-guidance", "vary it over the steps, as the reference can", action="store_true")
     add("--guidance-interval", "timesteps to guide, 999 the noisiest", type=int, nargs=2)
@@ -705,7 +716,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     if nul := [arg for arg in argv if "\0" in arg]:
         parser.error(f"{nul[0]!r} holds a NUL character; leave it out")
-    defaults = vars(parser.parse_args([]))
+    defaults = vars(parser.parse_args([]))  # parsed apart, so that None marks what was not given
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
     args.given = {name for name, value in vars(args).items() if value not in (None, [])}
     for name in defaults.keys() - args.given:
@@ -756,6 +767,15 @@ def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, to
     return device, getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
+def open_models(args: argparse.Namespace, loras: list = []) -> Models:
+    """The models of --model on --device in --dtype; ValueError or OSError if one of them cannot be had."""
+    if args.model is TINY and not TINY.is_dir():
+        raise FileNotFoundError("there is no checkpoints/tiny; give --model a hub id or a checkpoint folder, "
+                                "such as tests/goldens/fun-2b-inp, whose weights are random")  # fmt: skip
+    device, dtype = choose_device(args.device, args.dtype)
+    return load_models(find_model(args.model), dtype, device, loras=loras)
+
+
 def make_jobs(models: Models, args: argparse.Namespace) -> list[Job]:
     """A job for every prompt and seed; files are read once for all of them."""
     config, num_frames = models.transformer_config, args.num_frames
@@ -770,28 +790,28 @@ def make_jobs(models: Models, args: argparse.Namespace) -> list[Job]:
     settings = {name: getattr(args, name) for name in names} | {
         "guidance_interval": tuple(args.guidance_interval)
     }
-    requests = [
-        Request(**settings | {"prompt": prompt, "seed": seed}) for prompt in args.prompt for seed in seeds
-    ]
+    pairs = itertools.product(args.prompt, seeds)
+    requests = [Request(**settings | {"prompt": prompt, "seed": seed}) for prompt, seed in pairs]
     for request in requests:
         request.check(config)
     job = prepare(models, requests[0], args.fps)
+    for prompt in args.prompt:
+        if len(models.tokenizer.encode(prompt)) >= config.max_text_seq_length:  # one place is for </s>
+            job.notes.append(f"{prompt:.40}… is cut to {config.max_text_seq_length} tokens")
     return [replace(job, request=request, seed=request.seed) for request in requests]
 
 
-def sample(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
+def sample_all(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
     """Prepare and sample every job: (path of the video, latents, record) of each, the latents saved.
 
     They are saved before decoding starts, so that a kill then loses nothing.
     """
-    device, dtype = choose_device(args.device, args.dtype)
-    loras = [parse_lora(text) for text in args.lora or []]
-    models = load_models(find_model(args.model), dtype, device, loras=loras)
+    models = open_models(args, [parse_lora(text) for text in args.lora or []])
     jobs = make_jobs(models, args)
     target = Path(args.out)
     check_out(target, [args.end_image, args.video, args.mask, args.control_video, *(args.image or [])])
     needs = estimate_bytes(models, jobs[0].latent_shape(models.vae_config.latent_channels))
-    check_memory(needs, device)
+    check_memory(needs, models.device)
     say(describe(models, jobs, needs))
     results, suffix = [], ".png" if jobs[0].num_frames == 1 else ".mp4"
     for i, latents in enumerate(make_latents(models, jobs, progress=not args.quiet)):
@@ -804,20 +824,19 @@ def sample(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tuple[
 
 
 def reopen(args: argparse.Namespace) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
-    """What `sample` returns, from saved latents; with the model, dtype and fps of then, unless given."""
+    """What `sample_all` returns, from saved latents; with the model, dtype and fps of then, unless given."""
     latents, record = load_latents(Path(args.from_latents))
     for name, kind in (("model", str), ("fps", float), ("dtype", str)):
         if name not in args.given and isinstance(record.get(name), kind):
             setattr(args, name, record[name])
     if not 0.1 <= args.fps <= 1000:
         raise ValueError(f"{args.from_latents} was made at {args.fps} fps; give --fps {FPS}")
-    device, dtype = choose_device(args.device, args.dtype)
-    models = load_models(find_model(args.model), dtype, device)
+    models = open_models(args)
     if latents.shape[1] != models.vae_config.latent_channels or 0 in latents.shape:
         raise ValueError(f"{args.from_latents} holds latents of shape {tuple(latents.shape)}, which the VAE "
                          f"of {args.model} cannot decode; give the --model they are of")  # fmt: skip
     check_out(Path(args.out))
-    check_memory({"decoding": estimate_bytes(models, latents.shape)["decode"]}, device)
+    check_memory({"decoding": estimate_bytes(models, latents.shape)["decode"]}, models.device)
     suffix = ".png" if latents.shape[2] == 1 else ".mp4"
     return models, [(output_path(Path(args.out), 0, 1, suffix), latents, record)]
 
@@ -829,7 +848,7 @@ def run(args: argparse.Namespace) -> None:
         if not args.quiet:
             print(str(text).encode(errors="backslashreplace").decode())  # names of files may be no Unicode
 
-    models, results = reopen(args) if args.from_latents else sample(args, say)
+    models, results = reopen(args) if args.from_latents else sample_all(args, say)
     with models.use("vae", "decode"):  # once for all
         for path, latents, record in results:
             write_video(make_frames(models, latents, progress=not args.quiet), path, args.fps)

@@ -272,14 +272,14 @@ class Tokenizer:
             raise ValueError(f"max_length={max_length}; a prompt needs at least 1 token, for </s>")
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
-            if not isinstance(text, str) or not text.isascii() and re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"prompt {text!r:.80} is not a string of valid Unicode")
             row = self.encode(text)[: max_length - 1] + [self.end]
             rows.append(row + [self.pad] * (max_length - len(row)))
         return torch.tensor(rows, dtype=torch.long).reshape(-1, max_length)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one prompt, without </s> and padding."""
+        """Ids of one prompt, without </s> and padding; ValueError if it is no string of valid Unicode."""
+        if not isinstance(text, str) or not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"prompt {text!r:.80} is not a string of valid Unicode")
         if not self.specials:
             return self._unigram_ids(text)
         ids = []

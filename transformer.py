@@ -448,7 +448,9 @@ def check_num_frames(config: TransformerConfig, num_frames: int) -> None:
     """ValueError unless num_frames is 4k+1 and within the model's positions."""
     if num_frames < 1 or num_frames % 4 != 1:
         up = max(num_frames - 1, 0) // 4 * 4 + 5
-        raise ValueError(f"num_frames={num_frames}; the VAE needs 4k+1, try {up} (or {max(up - 4, 1)})")
+        tries = sorted({legal_num_frames(config, up), legal_num_frames(config, max(up - 4, 1))}, reverse=True)
+        raise ValueError(f"num_frames={num_frames}; the VAE needs 4k+1, try {' (or '.join(map(str, tries))}"
+                         + ")" * (len(tries) - 1))  # fmt: skip
     if num_frames > max_num_frames(config):
         raise ValueError(f"num_frames={num_frames} is more than this model's positions hold; "
                          f"the most is {max_num_frames(config)}")  # fmt: skip

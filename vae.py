@@ -56,9 +56,7 @@ class VAEConfig:
     temporal_compression_ratio: float = 4
     sample_height: int = 480  # tiles are half of this
     sample_width: int = 720
-    scaling_factor: float = (
-        1.15258426  # latents are multiplied by this so that their standard deviation is about 1
-    )
+    scaling_factor: float = 1.15258426  # latents are multiplied by it, for a standard deviation of about 1
     use_quant_conv: bool = False
     use_post_quant_conv: bool = False
     extra: dict = field(default_factory=dict)  # unknown keys, written back as they came
@@ -67,13 +65,9 @@ class VAEConfig:
         if self.act_fn != "silu":
             raise ValueError(f"act_fn = {self.act_fn!r}; CogVideoX VAEs use 'silu'")
         if self.use_quant_conv or self.use_post_quant_conv:
-            raise ValueError(
-                "use_quant_conv and use_post_quant_conv must be false; no CogVideoX VAE has them"
-            )
+            raise ValueError("use_quant_conv and use_post_quant_conv must be false, as in all CogVideoX VAEs")
         if self.temporal_compression_ratio != 4:
-            raise ValueError(
-                f"temporal_compression_ratio = {self.temporal_compression_ratio}; only 4 is known"
-            )
+            raise ValueError(f"temporal_compression_ratio = {self.temporal_compression_ratio}; it must be 4")
         if len(self.block_out_channels) != 4 or not self.layers_per_block:
             raise ValueError(f"block_out_channels = {self.block_out_channels} with {self.layers_per_block} "
                              "layers per block; a VAE has four blocks of at least one layer")  # fmt: skip
@@ -90,11 +84,10 @@ class VAEConfig:
 def group_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel group over a whole chunk, in fp32: b c f h w -> twice b num_groups.
 
-    By torch's group-norm kernel, whose normalised output we throw away: on a part of the pixels at a time it
-    never leaves the processor's cache. The kernel adds up fp32 numbers pixel after pixel, which loses digits
-    where a picture is flat, so the parts are short. Parts of a batch are long: that is training, where the
-    reference adds up whole chunks so and we are compared with its rounding too. The law of total variance
-    joins the parts.
+    By torch's group-norm kernel, whose normalised output we throw away, on parts that stay in the processor's
+    cache; the law of total variance joins them. The kernel adds up in fp32, pixel after pixel, so parts are
+    short for one sample (flat pictures keep their digits) and long for a batch: that is training, where the
+    reference adds up whole chunks so, and we are compared with its rounding too.
     """
     return GroupStatistics.apply(x, num_groups)
 
@@ -220,17 +213,13 @@ def norm_silu(x: Tensor, affine: tuple[Tensor, Tensor], past: Tensor | None) -> 
     """silu(norm(x)) behind the two frames before it: b c f h w -> b c 2+f h w, a causal convolution's input.
 
     affine: the norm's scale and shift at latent resolution, or b c 1 1 1
-    past: b c 2 h w, what the convolution remembers of the last chunk; None at the start, where frame 0 is
-    repeated Where the first chunk has an odd number of frames, frame 0 belongs to latent 0 alone and the
-    rest to the rest.
+    past: b c 2 h w, what the convolution remembers of the last chunk; None at the start: frame 0, repeated
+    In a first chunk of an odd number of frames, frame 0 belongs to latent 0 alone, and the rest to the rest.
     """
     scale, shift = affine
     spans = [(slice(None), slice(None))]
     if scale.shape[2] > 1 and x.shape[2] % 2 == 1:
-        spans = [
-            (slice(0, 1), slice(0, 1)),
-            (slice(1, None), slice(1, None)),
-        ]  # (frames of x, frames of the latents)
+        spans = [(slice(0, 1),) * 2, (slice(1, None),) * 2]  # frames of x and of the latents
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         parts = [ModulateSiLU.apply(x[:, :, fs], scale[:, :, zs], shift[:, :, zs]) for fs, zs in spans]
         return torch.cat([parts[0][:, :, :1]] * 2 + parts if past is None else [past, *parts], dim=2)
@@ -317,16 +306,10 @@ class Upsample(nn.Module):
 
     The reference repeats frames before convolving; after is the same and half the work. Pixel 2i of the
     enlarged picture sees the source pixels i-1, i, i and pixel 2i+1 sees i, i, i+1, so taps that meet the
-    same pixel can be
-    summed beforehand: a transposed 4×4 convolution of stride 2 with 2.25 times fewer multiplications.
+    same pixel can be summed beforehand: a transposed 4×4 convolution of stride 2, 2.25 times cheaper.
     """
 
-    taps = (
-        (0.0, 0.0, 1.0),
-        (0.0, 1.0, 1.0),
-        (1.0, 1.0, 0.0),
-        (1.0, 0.0, 0.0),
-    )  # 4 transposed from 3 plain ones
+    taps = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))  # 4 transposed from 3 plain
 
     def __init__(self, channels: int, time: bool):
         super().__init__()
@@ -430,7 +413,7 @@ def encode_chunks(num_frames: int) -> list[int]:
     return [num_frames - 8 * (num_chunks - 1)] + [8] * (num_chunks - 1)
 
 
-def decode_chunks(num_frames: int, first_alone: bool) -> list[int]:
+def decode_chunks(num_latent_frames: int, first_alone: bool) -> list[int]:
     """Latent frames per chunk when decoding.
 
     first_alone: CogVideoX-Fun's way, one frame, then twos, the last may be one: 4 -> [1, 2, 1], always 4f'-3
@@ -438,9 +421,15 @@ def decode_chunks(num_frames: int, first_alone: bool) -> list[int]:
     4f' frames.
     """
     if first_alone:
-        return [1] + [2] * ((num_frames - 1) // 2) + [1] * ((num_frames - 1) % 2)
-    num_chunks = max(num_frames // 2, 1)
-    return [num_frames - 2 * (num_chunks - 1)] + [2] * (num_chunks - 1)
+        return [1] + [2] * ((num_latent_frames - 1) // 2) + [1] * ((num_latent_frames - 1) % 2)
+    num_chunks = max(num_latent_frames // 2, 1)
+    return [num_latent_frames - 2 * (num_chunks - 1)] + [2] * (num_chunks - 1)
+
+
+def decoded_frames(num_latent_frames: int, first_alone: bool) -> int:
+    """How many frames come out: 4f'-3, but 4f' where diffusers' chunks start with an even one."""
+    starts_even = decode_chunks(num_latent_frames, first_alone)[0] % 2 == 0
+    return 4 * num_latent_frames - (0 if starts_even else 3)
 
 
 @dataclass
@@ -471,9 +460,8 @@ def blend_tiles(rows: list[list[Tensor]], tiling: Tiling) -> Tensor:
             if j > 0:
                 fade(row[j - 1], tile, 4, tiling.blend[1])
     keep_height, keep_width = tiling.keep
-    return torch.cat(
-        [torch.cat([t[..., :keep_height, :keep_width] for t in row], dim=4) for row in rows], dim=3
-    )
+    rows = [torch.cat([tile[..., :keep_height, :keep_width] for tile in row], dim=4) for row in rows]
+    return torch.cat(rows, dim=3)
 
 
 def run_chunks(network: nn.Module, x: Tensor, chunks: list[int], tiling: Tiling | None) -> Iterator[Tensor]:
@@ -487,16 +475,12 @@ def run_chunks(network: nn.Module, x: Tensor, chunks: list[int], tiling: Tiling 
     tops, lefts = range(0, height, tiling.stride[0]), range(0, width, tiling.stride[1])
     caches = {(top, left): {} for top in tops for left in lefts}
     for chunk in x.split(chunks, dim=2):
-        yield blend_tiles(
-            [
-                [
-                    network(chunk[..., y : y + tiling.size[0], x : x + tiling.size[1]], caches[y, x])
-                    for x in lefts
-                ]
-                for y in tops
-            ],
-            tiling,
-        )
+        strips = [(top, chunk[:, :, :, top : top + tiling.size[0]]) for top in tops]
+        rows = [
+            [network(strip[..., left : left + tiling.size[1]], caches[top, left]) for left in lefts]
+            for top, strip in strips
+        ]
+        yield blend_tiles(rows, tiling)
 
 
 # ---------------------------------------------------------------- the model
@@ -595,7 +579,8 @@ class VideoVAE(nn.Module):
     def decode(self, latents: Tensor, tiled: bool = False, first_alone: bool = True) -> Tensor:
         """Scaled latents b 16 f' h' w' -> pixels b 3 f h w, about [-1, 1], not clamped.
 
-        first_alone: chunks as CogVideoX-Fun decodes (1, 2, 2, …); False: as diffusers does (2 or 3, 2, …)
+        first_alone: chunks as CogVideoX-Fun decodes (1, 2, 2, …), for inpaint and control models; False: as
+        diffusers does (2 or 3, 2, …), for plain text and image models
         """
         return torch.cat(list(self._decoded_chunks(latents, tiled, first_alone)), dim=2)
 
@@ -648,21 +633,19 @@ def inpaint_condition(
 
     pixels: b 3 f h w in [-1, 1]    mask: b 1 f h w of 0 and 1, 1 = generate here
     generator: sample the posterior (training) instead of taking its mode (inference); one, or a list of b
-    zero_if_all_masked: whether a sample with nothing known gets an all-zero condition; a bool, or one per
-    sample (b)
+    zero_if_all_masked: whether a sample with nothing known gets an all-zero condition; one bool, or b of them
     returns: b 17 f' h' w': the mask channel, turned round to 1 = known, and 16 masked-video latents; both
-    carry the latent scale, the mask too, because the reference scales after joining them
-    (cogvideox/pipeline/ pipeline_cogvideox_inpaint.py, scripts/train.py) raises ValueError if mask and
-    pixels do not fit
+    carry the latent scale, the mask too, because the reference scales after joining them (its files
+    pipeline_cogvideox_inpaint.py and scripts/train.py)
+    raises ValueError if mask and pixels do not fit
     """
     b, _, f, h, w = pixels.shape
     if mask.shape != (b, 1, f, h, w):
         raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit pixels {tuple(pixels.shape)}; "
                          f"expected {(b, 1, f, h, w)}")  # fmt: skip
     mask = mask.to(pixels)
-    zero = torch.as_tensor(zero_if_all_masked, device=pixels.device).expand(b) & (mask == 1).flatten(1).all(
-        dim=1
-    )
+    all_masked = (mask == 1).flatten(1).all(dim=1)
+    zero = torch.as_tensor(zero_if_all_masked, device=pixels.device).expand(b) & all_masked
     latents = vae.encode(pixels * (1 - mask) - mask, generator)  # -1, black, where unknown
     known = resize_mask(1 - mask, latents.shape[2:]) * vae.config.scaling_factor
     condition = torch.cat([known.to(latents), latents], dim=1)

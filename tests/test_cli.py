@@ -267,7 +267,7 @@ def test_help_shows_every_flag_and_its_default(capfd):
         sample.main(["--help"])
     text = " ".join(capfd.readouterr().out.split())
     assert stop.value.code == 0
-    for words in ("network evaluations (default 50)", "(default 6.0)", "(default 0.0563)", "(default 0 999)",
+    for words in ("steps of the sampler (default 50)", "(default 6.0)", "(default 0.0563)", "(default 0 999)",
                   "(default 8.0)", "(default 1.0)", "checkpoints/tiny)", "(default outputs)"):  # fmt: skip
         assert words in text
     for name in sample.Request.__dataclass_fields__.keys() - {"prompt", "latents", "randn"}:
@@ -379,10 +379,10 @@ PICTURE, CLIP = ["--image", "../media/picture.png"], ["--video", "../media/clip.
         (TEXT, "--strength 0.5", ["strength=0.5", "needs a video"]),
         (INPAINT, "--control-video ../media/clip.mp4", ["33-channel inpaint model takes no control_video"]),
         (INPAINT, [*PICTURE, *CLIP], ["image and video contradict"]),
-        (INPAINT, "--mask ../media/white.png", ["mask says where"]),
-        (INPAINT, [*PICTURE, "--end-image", *PICTURE[1:], "--mask", "m.png"], ["mask says where"]),
+        (INPAINT, "--mask ../media/white.png", ["mask needs a video"]),
+        (INPAINT, [*PICTURE, "--end-image", *PICTURE[1:], "--mask", "m.png"], ["mask needs a video"]),
         (INPAINT, [*PICTURE, *PICTURE[1:] * 5, "--num-frames", "5"], ["6 pictures", "num_frames=5"]),
-        (INPAINT, [*CLIP, "--mask", "../media/black.png"], ["nothing left to generate"]),
+        (INPAINT, [*CLIP, "--mask", "../media/black.png"], ["leaves nothing to generate"]),
         (INPAINT, [*CLIP, "--mask", "../media/short.gif"], ["short.gif has 3 frames, the clip 13"]),
         (INPAINT, "--video ../media/short.gif --num-frames 9", ["3 frames", "num_frames=9", "try 1"]),
         (CONTROL, "", ["needs a control_video"]),

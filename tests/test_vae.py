@@ -267,7 +267,7 @@ def test_an_all_masked_sample_is_zeroed_only_when_told_so():
     "changes, message",
     [
         ({"act_fn": "gelu"}, "silu"),
-        ({"temporal_compression_ratio": 8}, "only 4"),
+        ({"temporal_compression_ratio": 8}, "must be 4"),
         ({"use_quant_conv": True}, "use_quant_conv"),
         ({"scaling_factor": 0.0}, "scaling_factor"),
         ({"norm_num_groups": 3}, "norm_num_groups"),
