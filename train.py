@@ -548,6 +548,9 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
     """
     torch.manual_seed(config.seed)
     learns = {"dit": "transformer", "vae": "vae"}[config.train]
+    if model_dir and (t5_file := model_dir / "text_encoder" / "config.json").is_file():  # as wide as its text
+        width = checkpoint.read_config(T5Config, t5_file).d_model
+        config = replace(config, dit=replace(config.dit, text_embed_dim=width))
     for name in checkpoint.COMPONENTS:
         if (out / name).exists():
             shutil.rmtree(out / name)
@@ -676,11 +679,13 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, config: Config, signals: list[int]):
         self.args, self.config, self.signals, self.out = args, config, signals, args.out
-        settings = {"data": str(args.data), "val_data": str(args.val_data), **dataclasses.asdict(config)}
+        device, dtype = choose_device(args)
+        settings = {name: str(getattr(args, name)) for name in ("data", "val_data", "num_val")}
+        settings |= {"dtype": str(dtype)[6:], **dataclasses.asdict(config)}
         self.settings = json.loads(json.dumps(settings))  # what has to be the same when a run is resumed
         self.resumed, self.at = begin_or_resume(args, config, self.settings)
         kinds = {"dit": Denoising, "vae": Reconstruction}
-        self.task = kinds[config.train](config, self.resumed or self.out, *choose_device(args))
+        self.task = kinds[config.train](config, self.resumed or self.out, device, dtype)
         if config.train == "dit":
             self.task.dit.activation_checkpointing = args.activation_checkpointing
             for block in self.task.dit.transformer_blocks if args.compile else []:
@@ -843,16 +848,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--position", choices=["interpolate", "regenerate"], help="sincos positions off the native grid")
     add("--num-shapes", type=int, help="clips in an epoch of --data shapes")
     add("--seed", type=int)
+    add("--dtype", choices=["bfloat16", "float32"], help="to compute in; bfloat16 where it is fast")
+    add("--num-val", type=int, default=16, help="samples held out")
     add = parser.add_argument_group("without influence on the numbers").add_argument
     add("--device", help="default: the best there is")
-    add("--dtype", choices=["bfloat16", "float32"], help="to compute in; bfloat16 where it is fast")
     add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="compile the transformer's blocks")
     add("--num-workers", type=int, default=4, help="threads that load data")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--keep", type=int, default=3, help="how many checkpoints stay")
     add("--val-every", type=int, default=250, help="steps between validations")
-    add("--num-val", type=int, default=16, help="samples held out")
     add("--preview-every", type=int, default=1000, help="steps between previews")
     add("--num-previews", type=int, default=3)
     add("--preview-steps", type=int, default=25, help="sampling steps of a preview")

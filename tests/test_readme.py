@@ -372,4 +372,4 @@ def test_the_library_example_of_the_readme_runs(tmp_path, monkeypatch):
     names = {}
     exec(example, names)
     assert names["frames"].shape == (13, 32, 48, 3) and names["latents"].shape == (1, 16, 4, 4, 6)
-    assert (tmp_path / "library.mp4").exists()
+    assert (tmp_path / "outputs/library.mp4").exists()
