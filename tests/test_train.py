@@ -341,7 +341,7 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 def test_clipping_over_time_is_the_references():
-    """Five times max_grad_norm, falling to it over 1000 steps; then a spike of s > 5 is cut to 1/min(s, 10)."""
+    """Five times max_grad_norm, falling to it over 1000 steps; spikes of s > 5 are then cut to 1/min(s, 10)."""
     config = replace(train.FUN_2B, max_grad_norm=2.0)
     assert [train.clip_norm(config, step, 99.0) for step in (0, 500, 1000)] == [10.0, 6.0, 2.0]
     assert [train.clip_norm(config, 1001, norm) for norm in (1.0, 10.0, 12.0, 99.0)] == [2.0, 2.0, 2 / 6, 0.2]
@@ -448,6 +448,14 @@ def test_a_lora_file_says_what_the_run_validated(tmp_path):
     first, *_, last = (line["val_loss"] for line in entries(tmp_path) if "val_loss" in line)
     assert learnt.task.validate()["val_loss"] == pytest.approx(last, rel=1e-5)  # sums in another order
     assert abs(first - last) > 1e-3
+
+
+def test_a_transformer_from_scratch_fits_the_text_encoder_it_is_given(tmp_path):
+    options = ["--from-scratch", "--num-steps", 1]
+    assert run(tmp_path, *options) == 0
+    dit = VideoTransformer.from_pretrained(tmp_path).config
+    assert dit.text_embed_dim == T5Encoder.from_pretrained(INPAINT).config.d_model
+    assert dit.num_layers == train.TINY.dit.num_layers
 
 
 # ---------------------------------------------------------------- models by channels
