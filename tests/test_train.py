@@ -341,7 +341,7 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 def test_clipping_over_time_is_the_references():
-    """Five times max_grad_norm, falling to it over 1000 steps; spikes of s > 5 are then cut to 1/min(s, 10)."""
+    """Five times max_grad_norm, falling to it over 1000 steps; spikes of s > 5 are cut to 1 / min(s, 10)."""
     config = replace(train.FUN_2B, max_grad_norm=2.0)
     assert [train.clip_norm(config, step, 99.0) for step in (0, 500, 1000)] == [10.0, 6.0, 2.0]
     assert [train.clip_norm(config, 1001, norm) for norm in (1.0, 10.0, 12.0, 99.0)] == [2.0, 2.0, 2 / 6, 0.2]
