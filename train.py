@@ -593,7 +593,7 @@ def begin_or_resume(args: argparse.Namespace, config: Config, settings: dict) ->
     check(args.resume, f"{args.out} holds a run ({newest.name}); add --resume, or choose another --out")
     state = checkpoint.read_json(newest / "training" / "state.json")
     for name, value in settings.items():
-        before = state["settings"].get(name)
+        before = state["settings"].get(name, value)  # a checkpoint may be older than a setting
         remedy = "repeat the settings to resume, or start a new run from it with --model"
         check(value == before, f"{newest} was trained with {name} = {before}, now it is {value}; {remedy}")
     print(f"resuming from {newest}")
@@ -679,6 +679,9 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, config: Config, signals: list[int]):
         self.args, self.config, self.signals, self.out = args, config, signals, args.out
+        self.records, self.held_out_records, failures = open_data(args, config)
+        self.loader = Loader(self.records, config.seed, failures, args.num_workers)
+        check(self.records and self.held_out_records, "there are no samples to train on")
         device, dtype = choose_device(args)
         settings = {name: str(getattr(args, name)) for name in ("data", "val_data", "num_val")}
         settings |= {"dtype": str(dtype)[6:], **dataclasses.asdict(config)}
@@ -690,9 +693,6 @@ class Run:
             self.task.dit.activation_checkpointing = args.activation_checkpointing
             for block in self.task.dit.transformer_blocks if args.compile else []:
                 block.compile()
-        self.records, self.held_out_records, failures = open_data(args, config)
-        self.loader = Loader(self.records, config.seed, failures, args.num_workers)
-        check(self.records and self.held_out_records, "there are no samples to train on")
         needs_control = config.train == "dit" and self.task.kind == "control"
         for record in self.records + self.held_out_records if needs_control else []:
             check(record.read_control, f"{record.name} has no control_file_path, which a control model needs")

@@ -271,6 +271,23 @@ def test_phases_follow_each_other_and_resume_across_the_border(tmp_path):
     assert [line["phase"] for line in entries(tmp_path / "whole") if "loss" in line] == [1, 1, 2, 2]
 
 
+def test_a_checkpoint_older_than_a_setting_resumes(tmp_path):
+    assert run(tmp_path, "--num-steps", 1) == 0
+    path = tmp_path / "checkpoints/step-000001/training/state.json"
+    state = json.loads(path.read_text())
+    del state["settings"]["wide_clip_steps"], state["settings"]["dtype"]
+    path.write_text(json.dumps(state))
+    assert run(tmp_path, "--num-steps", 2, "--resume") == 0
+
+
+def test_mistakes_in_the_data_are_found_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "meta.json").write_text('[{"file_path": "gone.mp4", "type": "video"}]')
+    assert run(tmp_path / "out", "--data", tmp_path / "meta.json") == 2
+    error = capsys.readouterr().err
+    assert "text is missing" in error and "gone.mp4 does not exist" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_settings_are_not_resumed(tmp_path, capsys):
     assert run(tmp_path, "--num-steps", 1) == 0
     assert run(tmp_path, "--num-steps", 2, "--resume", "--seed", 1) == 2
