@@ -237,10 +237,8 @@ class Denoising:
             add_lora(self.dit, config.lora_rank, config.lora_alpha)
         self.kind = model_kind(self.dit.config)
         check(self.kind != "image", f"{model_dir} is an image-to-video model, which is not trained here")
-        has_table = self.dit.position is not None
-        check(
-            has_table or not config.position, f"--position {config.position}: this model has rotary positions"
-        )
+        is_legal = self.dit.position or not config.position
+        check(is_legal, f"--position {config.position}: this model has rotary positions")
         self.dit.position = config.position or self.dit.position
         self.vae = VideoVAE.from_pretrained(model_dir, dtype, device).requires_grad_(False)
         self.t5 = T5Encoder.from_pretrained(model_dir, torch.float32, device)
@@ -903,10 +901,11 @@ def make_config(args: argparse.Namespace) -> Config:
     for size in (size for phase in phases for size in phase.resolutions):
         check(size >= 16 and size % 16 == 0, f"--resolutions {size} is not a multiple of 16")
     for phase in phases:
-        parts = (
-            f"a step of {phase.global_batch} clips cannot be cut into micro-batches of {config.batch_size}"
+        clips, part = phase.global_batch, config.batch_size
+        remedy = "give --grad-accum"
+        check(
+            clips % part == 0, f"a step of {clips} clips cannot be cut into micro-batches of {part}; {remedy}"
         )
-        check(phase.global_batch % config.batch_size == 0, f"{parts}; give --grad-accum")
     is_dit = config.train == "dit"
     check(is_dit or config.draws_per_clip == 1, "--draws-per-clip is for --train dit; leave it out")
     fits_lora = is_dit and not config.in_channels
