@@ -54,7 +54,6 @@ from checkpoint import (
 )
 from data import read_image, read_mask, read_video, resize, to_pixels, to_uint8, write_video
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
-from lora import load_lora, read_lora
 from text_encoder import ALIASES, T5Config, T5Encoder, Tokenizer
 from transformer import (
     TransformerConfig,
@@ -118,6 +117,8 @@ class Models:
             module = build(network, config_class, folder)
             check_weights(module, folder, ALIASES if name == "text_encoder" else {})
             for file, _ in self.loras if name == "transformer" else []:
+                from lora import read_lora  # here and below, so that lora.py can be deleted
+
                 read_lora(module, file)
             counts[name] = sum(p.numel() for p in module.parameters())
             configs[name] = module.config
@@ -159,6 +160,8 @@ class Models:
         network = {"vae": VideoVAE, "transformer": VideoTransformer}[name]
         module = network.from_pretrained(self.model_dir, self.dtype, self.device)
         for file, weight in self.loras if name == "transformer" else []:
+            from lora import load_lora
+
             load_lora(module, file, weight)
         return module
 

@@ -47,7 +47,6 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import sample
-import shapes
 from data import Batch, Loader, Plan, Record, Sample, epoch_batches, rng, to_uint8, write_video
 from diffusion import NUM_TIMESTEPS, Schedule
 from text_encoder import T5Config, T5Encoder, Tokenizer
@@ -139,8 +138,7 @@ TINY = Config(
                           sample_width=8, sample_height=8, sample_frames=17),
     vae=VAEConfig(block_out_channels=[16, 32, 32, 64], layers_per_block=1, norm_num_groups=8,
                   sample_height=256, sample_width=256, scaling_factor=1.0),
-    t5=T5Config(vocab_size=shapes.make_tokenizer().get_vocab_size(), d_model=128, d_kv=32, d_ff=256,
-                num_layers=2, num_heads=4),
+    t5=T5Config(vocab_size=27, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),  # 27: shapes.WORDS
 )  # fmt: skip
 # Mostly 64 x 64, where 80 tokens are a whole clip; small steps, as one video is many pixels.
 TINY_VAE = replace(TINY, train="vae", phases=(Phase((64, 64, 64, 96, 128), 80, 2, 12_000, 1e-3, 1e-5),),
@@ -529,6 +527,8 @@ def make_component(name: str, config: Config, out: Path) -> bool:
         T5Encoder(config.t5).save_pretrained(out)
     elif name == "tokenizer" and config.t5:
         (out / name).mkdir()
+        import shapes  # here and below, so that shapes.py can be deleted
+
         shapes.make_tokenizer().save(str(out / name / "tokenizer.json"))
         notes = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 24}
         notes |= {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -602,7 +602,8 @@ def begin_or_resume(args: argparse.Namespace, config: Config, settings: dict) ->
 # ---------------------------------------------------------------- data
 
 
-def shape_record(clip: shapes.Clip, name: str) -> Record:
+def shape_record(clip, name: str) -> Record:
+    """A `shapes.Clip` as the loader takes it."""
     return Record(name, clip.scene.caption, clip.num_frames, clip.size, clip.read)
 
 
@@ -613,6 +614,8 @@ def open_data(args: argparse.Namespace, config: Config) -> tuple[list[Record], l
     Files: --val-data, or every tenth sample, at most --num-val.
     """
     if args.data == "shapes":
+        import shapes
+
         num, pictures, seed = config.num_shapes, config.num_shapes // 10, config.seed
         sizes = [(128, 128), (104, 156), (128, 128), (156, 104)]
         clips = shapes.records(num - pictures, seed, sizes=sizes, num_frames=config.max_frames)

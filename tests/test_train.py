@@ -14,10 +14,12 @@ import torch
 from conftest import GOLDENS, assert_close, expected
 from safetensors.torch import load_file
 
+import shapes
 import train
 from checkpoint import newest_checkpoint
 from data import Bucket, Record, collate, load_sample, write_video
 from diffusion import Schedule
+from lora import load_lora
 from text_encoder import T5Encoder
 from train import (
     Learner,
@@ -57,7 +59,7 @@ def task_for(model: Path, draws_per_clip: int = 1) -> train.Denoising:
 
 
 def drawn_batch(num: int = 3, frames: int = 5, size: int = 32):
-    clips = train.shapes.records(num, seed=0)
+    clips = shapes.records(num, seed=0)
     samples = [
         load_sample(train.shape_record(clip, "clip"), Bucket(frames, size, size), 0, 0, index)
         for index, clip in enumerate(clips)
@@ -157,7 +159,7 @@ def one_shape(folder: Path) -> Path:
     folder = folder / "clips"
     if not folder.exists():
         folder.mkdir()
-        for i, clip in enumerate(train.shapes.records(8, 5, sizes=[(32, 32)])):
+        for i, clip in enumerate(shapes.records(8, 5, sizes=[(32, 32)])):
             write_video(clip.read(0, 9), folder / f"{i}.mp4")
             (folder / f"{i}.txt").write_text(clip.scene.caption())
     return folder
@@ -381,7 +383,7 @@ def test_the_average_follows_and_steps_aside():
 
 def test_a_transformer_learns_one_clip_and_its_folder_samples(tmp_path):
     """Validation on the clip it trains on; from random weights the loss falls by a third in 40 steps."""
-    clip = train.shapes.records(1, 3)[0]
+    clip = shapes.records(1, 3)[0]
     write_video(clip.read(0, 5, (32, 32)), tmp_path / "clip.gif")
     meta = [{"file_path": "clip.gif", "text": clip.scene.caption(), "type": "video"}]
     (tmp_path / "meta.json").write_text(json.dumps(meta))
@@ -460,7 +462,7 @@ def test_a_lora_file_says_what_the_run_validated(tmp_path):
     learnt = train.Run(
         parse([*SMALL, "--model", str(INPAINT), "--out", str(tmp_path / "new")])[0], config, []
     )
-    train.sample.load_lora(learnt.task.dit, tmp_path / "lora.safetensors")
+    load_lora(learnt.task.dit, tmp_path / "lora.safetensors")
     learnt.begin_phase()
     first, *_, last = (line["val_loss"] for line in entries(tmp_path) if "val_loss" in line)
     assert learnt.task.validate()["val_loss"] == pytest.approx(last, rel=1e-5)  # sums in another order
@@ -577,3 +579,10 @@ def test_the_tiny_transformer_asks_for_its_vae_first(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     assert main(["--preset", "tiny"]) == 2
     assert "--train vae first" in capsys.readouterr().err
+
+
+def test_the_optional_files_can_be_deleted(tmp_path):
+    """They are imported where they are used, not before; so the tiny T5 knows its number of words by heart."""
+    code = "import sys; sys.modules['lora'] = sys.modules['shapes'] = None; import sample, train"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert train.TINY.t5.vocab_size == shapes.make_tokenizer().get_vocab_size()
