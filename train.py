@@ -812,11 +812,18 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, dtype)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     """The command line, and the preset with what it changes."""
     description = "Train the VAE, or train and fine-tune the transformer, of CogVideoX and CogVideoX-Fun."
     parser = sample.Parser(prog="train.py", description=description, allow_abbrev=False,
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                           formatter_class=HelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="tiny", help="settings to start from, see Config")
     add("--train", choices=["dit", "vae"], default="dit", help="what learns")
