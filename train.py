@@ -90,6 +90,7 @@ class Config:
     fps: float = 8.0
     batch_size: int = 1  # clips of max_tokens in a micro-batch; global_batch / batch_size of them are a step
     draws_per_clip: int = 1  # noises and timesteps for each: encoding a clip costs more than a small DiT
+    optimizer: str = "adamw"  # or "muon": that for vectors and tables, Muon for matrices; see `Learner`
     warmup_steps: int = 100  # in each phase
     weight_decay: float = 0.03
     adam_eps: float = 1e-10
@@ -132,7 +133,7 @@ TINY = Config(
         Phase((64, 96, 128), 320, 16, 2000, 2e-4, 1e-5),
     ),
     max_frames=17, batch_size=8, draws_per_clip=4,
-    adam_eps=1e-8, weight_decay=0.01, max_grad_norm=1.0, ema_decay=0.999,
+    optimizer="muon", adam_eps=1e-8, weight_decay=0.01, max_grad_norm=1.0, ema_decay=0.999,
     dit=TransformerConfig(in_channels=33, num_attention_heads=4, num_layers=6, time_embed_dim=128,
                           text_embed_dim=128, max_text_seq_length=24,
                           sample_width=8, sample_height=8, sample_frames=17),
@@ -140,9 +141,14 @@ TINY = Config(
                   sample_height=256, sample_width=256, scaling_factor=1.0),
     t5=T5Config(vocab_size=27, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),  # 27: shapes.WORDS
 )  # fmt: skip
-# Mostly 64 x 64, where 80 tokens are a whole clip; small steps, as one video is many pixels.
-TINY_VAE = replace(TINY, train="vae", phases=(Phase((64, 64, 64, 96, 128), 80, 2, 12_000, 1e-3, 1e-5),),
-                   batch_size=2, draws_per_clip=1, weight_decay=0.0)  # fmt: skip
+# Small clips first: their steps are cheap, and edges are all there is to learn. Then those of the transformer.
+TINY_VAE = replace(
+    TINY, train="vae", batch_size=4, draws_per_clip=1, weight_decay=0.0,
+    phases=(
+        Phase((32,), 12, 4, 5000, 5e-3, 2e-3),
+        Phase((64, 64, 64, 96, 128), 80, 4, 1500, 2e-3, 1e-5),
+    ),
+)  # fmt: skip
 PRESETS = {  # --preset, --train
     "tiny": {"dit": TINY, "vae": TINY_VAE},
     "fun-2b": {"dit": FUN_2B, "vae": FUN_VAE},
@@ -426,7 +432,12 @@ def clip_norm(config: Config, step: int, norm: float) -> float:
 
 
 class Learner:
-    """The weights that learn (fp32), their AdamW and their EMA, each by the name component/key."""
+    """The weights that learn (fp32), their optimizers and their EMA, each by the name component/key.
+
+    Muon turns the momentum of a matrix (or kernel, with its inputs flattened) into the nearest orthogonal one,
+    so that all its directions learn alike; from scratch that saves most of the steps. Its updates are scaled
+    to the size of AdamW's, so one learning rate serves both. (Jordan et al. 2024; arXiv 2502.16982, sec. 2.2)
+    """
 
     def __init__(self, modules: dict[str, nn.Module], config: Config):
         self.modules, self.config = modules, config
@@ -434,15 +445,29 @@ class Learner:
         self.params = {name: param for name, param in params if param.requires_grad}
         for param in self.params.values():
             param.data = param.data.clone()  # not a view of the file it was loaded from
-        settings = {"eps": config.adam_eps, "weight_decay": config.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.params.values(), **settings)
+        tables = {m.weight for top in modules.values() for m in top.modules() if isinstance(m, nn.Embedding)}
+        self.matrices = {  # what Muon takes, as views of two axes
+            name: nn.Parameter(param.data.flatten(1))
+            for name, param in self.params.items()
+            if config.optimizer == "muon" and param.ndim > 1 and param not in tables
+        }
+        others = {name: param for name, param in self.params.items() if name not in self.matrices}
+        decay = {"weight_decay": config.weight_decay}
+        self.optimizers, self.moments = [], {}
+        for kind, settings, members in (
+            (torch.optim.AdamW, {"eps": config.adam_eps, "fused": True}, others),
+            (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}, self.matrices),
+        ):
+            if members:
+                self.optimizers.append(kind(members.values(), **settings, **decay))
+                self.moments |= {name: self.optimizers[-1].state[p] for name, p in members.items()}
         self.ema = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
 
     def inherit(self, before: "Learner") -> None:
         """Moments and EMA of the phase before; what learns no more becomes its EMA."""
         for name, param in before.params.items():
             if name in self.params:
-                self.optimizer.state[self.params[name]] = before.optimizer.state[param]
+                self.moments[name].update(before.moments[name])
                 self.ema.update({name: before.ema[name]} if before.ema else {})
             elif before.ema:
                 param.data.copy_(before.ema[name])
@@ -455,9 +480,14 @@ class Learner:
         return norm.item()
 
     def step(self, lr: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for name, matrix in self.matrices.items():
+            gradient = self.params[name].grad
+            matrix.grad = gradient if gradient is None else gradient.flatten(1)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        for param in self.params.values():
+            param.grad = None
 
     def update_ema(self, step: int) -> None:
         """Over the last tenth of the steps at first, so that a short run shows what it learnt."""
@@ -488,7 +518,7 @@ class Learner:
         for name, param in self.params.items():
             if self.ema or is_lora:
                 state[f"weight/{name}"] = param.data
-            for key, tensor in self.optimizer.state[param].items():  # step, exp_avg, exp_avg_sq
+            for key, tensor in self.moments[name].items():  # step, exp_avg, exp_avg_sq; momentum_buffer
                 state[f"{key}/{name}"] = tensor
         return state
 
@@ -505,8 +535,7 @@ class Learner:
             elif key == "ema":
                 self.ema[name].copy_(tensor)
             else:
-                like = tensor.clone() if key == "step" else torch.empty_like(param).copy_(tensor)
-                self.optimizer.state[param][key] = like
+                self.moments[name][key] = tensor.to(param.device, copy=True)
 
 
 # ---------------------------------------------------------------- the folder of a run
