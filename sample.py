@@ -801,6 +801,12 @@ def make_jobs(models: Models, args: argparse.Namespace) -> list[Job]:
     for prompt in args.prompt:
         if len(models.tokenizer.encode(prompt)) >= config.max_text_seq_length:  # one place is for </s>
             job.notes.append(f"{prompt:.40}… is cut to {config.max_text_seq_length} tokens")
+        if unknown := models.tokenizer.unknown_words(prompt):
+            vocabulary = sorted(
+                models.tokenizer.unigram.get_vocab(), key=models.tokenizer.unigram.token_to_id
+            )
+            known = ", ".join(word for word in vocabulary if not word.startswith("<"))
+            job.notes.append(f"this model does not know: {', '.join(unknown)}. It knows: {known:.2000}")
     return [replace(job, request=request, seed=request.seed) for request in requests]
 
 

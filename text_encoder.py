@@ -295,6 +295,16 @@ class Tokenizer:
             ids += self._unigram_ids(self.normalize(part))
         return ids
 
+    def unknown_words(self, text: str) -> list[str]:
+        """Those of a prompt for which the tokenizer.json of a small model has no token but <unk>."""
+        if self.specials:  # spiece.model: pieces down to single characters, hardly anything is unknown
+            return []
+        encoding, unknown = (
+            self.unigram.encode(text, add_special_tokens=False),
+            self.unigram.token_to_id(UNKNOWN),
+        )
+        return [text[begin:end] for (begin, end), i in zip(encoding.offsets, encoding.ids) if i == unknown]
+
     def _unigram_ids(self, text: str) -> list[int]:
         with _readable_errors("the tokenizer"):
             return self.unigram.encode(text, add_special_tokens=False).ids

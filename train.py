@@ -141,7 +141,7 @@ TINY = Config(
                   sample_height=256, sample_width=256, scaling_factor=1.0),
     t5=T5Config(vocab_size=27, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),  # 27: shapes.WORDS
 )  # fmt: skip
-# Small clips first: their steps are cheap, and edges are all there is to learn. Then those of the transformer.
+# Small clips first: their steps are cheap, and edges are all there is to learn. Then the transformer's.
 TINY_VAE = replace(
     TINY, train="vae", batch_size=4, draws_per_clip=1, weight_decay=0.0,
     phases=(
@@ -434,9 +434,9 @@ def clip_norm(config: Config, step: int, norm: float) -> float:
 class Learner:
     """The weights that learn (fp32), their optimizers and their EMA, each by the name component/key.
 
-    Muon turns the momentum of a matrix (or kernel, with its inputs flattened) into the nearest orthogonal one,
-    so that all its directions learn alike; from scratch that saves most of the steps. Its updates are scaled
-    to the size of AdamW's, so one learning rate serves both. (Jordan et al. 2024; arXiv 2502.16982, sec. 2.2)
+    Muon turns the momentum of a matrix (or kernel, with its inputs flattened) into the nearest orthogonal
+    one, so that all its directions learn alike; from scratch that saves most of the steps. Its updates are
+    as large as AdamW's, so one learning rate serves both. (Jordan et al. 2024; arXiv 2502.16982, sec. 2.2)
     """
 
     def __init__(self, modules: dict[str, nn.Module], config: Config):
