@@ -141,12 +141,12 @@ TINY = Config(
                   sample_height=256, sample_width=256, scaling_factor=1.0),
     t5=T5Config(vocab_size=27, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),  # 27: shapes.WORDS
 )  # fmt: skip
-# Small clips first: their steps are cheap, and edges are all there is to learn. Then the transformer's.
+# Small clips first: their steps are cheap, and edges are all there is to learn. Then larger and longer ones.
 TINY_VAE = replace(
     TINY, train="vae", batch_size=4, draws_per_clip=1, weight_decay=0.0,
     phases=(
         Phase((32,), 12, 4, 5000, 5e-3, 2e-3),
-        Phase((64, 64, 64, 96, 128), 80, 4, 1500, 2e-3, 1e-5),
+        Phase((48, 64, 96, 128), 48, 4, 1000, 2e-3, 1e-5),
     ),
 )  # fmt: skip
 PRESETS = {  # --preset, --train
@@ -874,6 +874,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--grad-accum", type=int, help="micro-batches in a step")
     add("--draws-per-clip", type=int, help="noises and timesteps for each encoded clip")
     add("--lr", type=float, help="constant learning rate")
+    add("--optimizer", choices=["adamw", "muon"])
     add("--warmup-steps", type=int)
     add("--weight-decay", type=float)
     add("--max-grad-norm", type=float)

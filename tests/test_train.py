@@ -409,7 +409,7 @@ def test_a_transformer_learns_one_clip_and_its_folder_samples(tmp_path):
 
 def test_a_vae_learns_and_writes_the_scale_of_its_own_latents(tmp_path):
     options = ["--train", "vae", "--num-steps", 25, "--val-every", 1, "--lr", 3e-3, "--grad-accum", 1]
-    assert run(tmp_path, *options) == 0
+    assert run(tmp_path, *options, "--optimizer", "adamw") == 0  # quicker in the first steps
     psnr = [line["psnr"] for line in entries(tmp_path) if "psnr" in line]
     assert psnr[-1] > psnr[0] + 1
     vae = VideoVAE.from_pretrained(tmp_path)
