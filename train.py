@@ -90,6 +90,10 @@ class Config:
     fps: float = 8.0
     batch_size: int = 1  # clips of max_tokens in a micro-batch; global_batch / batch_size of them are a step
     draws_per_clip: int = 1  # noises and timesteps for each: encoding a clip costs more than a small DiT
+    timestep_shift: float = 1.0  # above 1: more of the noisy timesteps, see `stratified_timesteps`
+    text_only: float = (
+        0.0  # share of samples whose mask becomes everything, beyond those of `data.MASK_KINDS`
+    )
     optimizer: str = "adamw"  # or "muon": that for vectors and tables, Muon for matrices; see `Learner`
     warmup_steps: int = 100  # in each phase
     weight_decay: float = 0.03
@@ -128,11 +132,11 @@ FUN_VAE = replace(FUN_2B, train="vae", phases=(Phase(SIZES_512, 13312, 8, 7000, 
                   max_grad_norm=1.0, wide_clip_steps=None)  # fmt: skip
 TINY = Config(
     phases=(
-        Phase((64, 96, 128), 80, 16, 10_000, 1e-3, 5e-4, train_text=True),
-        Phase((64, 96, 128), 180, 16, 4000, 5e-4, 2e-4),
-        Phase((64, 96, 128), 320, 16, 2000, 2e-4, 1e-5),
+        Phase((64, 96, 128), 80, 8, 10_000, 3e-3, 1e-3, train_text=True),
+        Phase((64, 96, 128), 180, 8, 4000, 1e-3, 5e-4),
+        Phase((64, 96, 128), 320, 8, 2000, 5e-4, 1e-5),
     ),
-    max_frames=17, batch_size=8, draws_per_clip=4,
+    max_frames=17, batch_size=8, draws_per_clip=4, timestep_shift=3.0, text_only=0.5,
     optimizer="muon", adam_eps=1e-8, weight_decay=0.01, max_grad_norm=1.0, ema_decay=0.999,
     dit=TransformerConfig(in_channels=33, num_attention_heads=4, num_layers=6, time_embed_dim=128,
                           text_embed_dim=128, max_text_seq_length=24,
@@ -143,7 +147,7 @@ TINY = Config(
 )  # fmt: skip
 # Small clips first: their steps are cheap, and edges are all there is to learn. Then larger and longer ones.
 TINY_VAE = replace(
-    TINY, train="vae", batch_size=4, draws_per_clip=1, weight_decay=0.0,
+    TINY, train="vae", batch_size=4, draws_per_clip=1, weight_decay=0.0, timestep_shift=1.0, text_only=0.0,
     phases=(
         Phase((32,), 12, 4, 5000, 5e-3, 2e-3),
         Phase((48, 64, 96, 128), 48, 4, 1000, 2e-3, 1e-5),
@@ -172,16 +176,19 @@ def normal(shape: Iterable[int], keys: list[Key], purpose: str, device: str | to
     return torch.stack([torch.randn(tuple(shape), generator=draw, device=device) for draw in draws])
 
 
-def stratified_timesteps(keys: list[Key]) -> Tensor:
+def stratified_timesteps(keys: list[Key], shift: float = 1.0) -> Tensor:
     """One timestep for each sample of a global batch: 0 … 999 is cut into so many parts, each has one.
 
     Each alone is uniform; together they cover all noise levels, so the loss of a step jumps less. Which part
-    a sample gets is shuffled, as neighbours share a shape.
+    a sample gets is shuffled, as neighbours share a shape. A shift s moves t/1000 = u to su / (1 + (s − 1)u),
+    so with s > 1 there are more noisy ones, where text decides. (Esser et al. 2024, arXiv 2403.03206, eq. 23)
     """
     parts = torch.randperm(len(keys), generator=rng(*keys[0], "order of timesteps"))
     draws = generators(keys, "timestep")
     places = torch.stack([torch.rand((), generator=draw, dtype=torch.float64) for draw in draws])
-    return ((parts + places) * NUM_TIMESTEPS / len(keys)).long().clamp(max=NUM_TIMESTEPS - 1)
+    uniform = (parts + places) / len(keys)
+    shifted = shift * uniform / (1 + (shift - 1) * uniform)
+    return (shifted * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
 
 
 def repeated(keys: list[Key], draws: int) -> list[Key]:
@@ -285,7 +292,10 @@ class Denoising:
                 sigmas = [data.draw_noise_sigma(rng(*key, "reference sigma")) for key in keys]
                 sigma = pixels.new_tensor(sigmas).view(-1, 1, 1, 1, 1)
                 pixels = data.add_reference_noise(pixels, sigma, noise)
-            mask, zero = batch.mask[:, None].to(self.device), batch.zero_if_all_masked
+            chances = torch.cat([torch.rand(1, generator=rng(*key, "mask dropped")) for key in keys])
+            dropped = chances < self.config.text_only
+            mask = (batch.mask | dropped[:, None, None, None])[:, None].to(self.device)
+            zero = batch.zero_if_all_masked | dropped
             condition = inpaint_condition(self.vae, pixels, mask, draws("masked posterior"), zero).float()
         return latents, condition
 
@@ -873,6 +883,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--batch-size", type=int, help="clips of max-tokens in a micro-batch; more where they are smaller")
     add("--grad-accum", type=int, help="micro-batches in a step")
     add("--draws-per-clip", type=int, help="noises and timesteps for each encoded clip")
+    add("--timestep-shift", type=float, help="above 1: more of the noisy timesteps")
+    add(
+        "--text-only",
+        type=float,
+        help="share of inpaint samples that get nothing but text, beyond the report's",
+    )
     add("--lr", type=float, help="constant learning rate")
     add("--optimizer", choices=["adamw", "muon"])
     add("--warmup-steps", type=int)
@@ -937,6 +953,8 @@ def make_config(args: argparse.Namespace) -> Config:
     nearest = config.max_frames // 4 * 4 + 1
     is_legal = nearest == config.max_frames
     check(is_legal, f"--num-frames {config.max_frames}; the VAE needs 4k+1, try {nearest}")
+    check(config.timestep_shift > 0, f"--timestep-shift {config.timestep_shift} should be above 0; 1 is none")
+    check(0 <= config.text_only <= 1, f"--text-only {config.text_only} is outside 0 … 1")
     check(0 <= config.ema_decay < 1, f"--ema-decay {config.ema_decay} should be at least 0 and below 1")
     for size in (size for phase in phases for size in phase.resolutions):
         check(size >= 16 and size % 16 == 0, f"--resolutions {size} is not a multiple of 16")
@@ -972,7 +990,8 @@ def train(run: Run) -> None:
         for micro_batches in todo:  # a global batch, and so one step
             start, waited, loss = time.perf_counter(), 0.0, 0.0
             keys = [run.keys(epoch, batch) for epoch, batch in micro_batches]
-            timesteps = stratified_timesteps(repeated(sum(keys, []), config.draws_per_clip))
+            all_keys = repeated(sum(keys, []), config.draws_per_clip)
+            timesteps = stratified_timesteps(all_keys, config.timestep_shift)
             parts = timesteps.split([len(part) * config.draws_per_clip for part in keys])
             for micro_batch, part, t in zip(micro_batches, keys, parts):
                 asked = time.perf_counter()
