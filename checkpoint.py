@@ -489,9 +489,11 @@ def save_component(
     folder: Path,
     stem: str = "diffusion_pytorch_model",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    state: dict[str, Tensor] | None = None,
     **stamps,
 ) -> None:
     """config.json and weights of a module with a `.config`, in the layout `load_component`, diffusers and
-    transformers read. stamps: config keys that say whose class it is, such as _class_name."""
-    save_weights(module.state_dict(), folder, stem, max_shard_bytes)
+    transformers read. stamps: config keys that say whose class it is, such as _class_name. state: in place of
+    the module's state_dict()."""
+    save_weights(state or module.state_dict(), folder, stem, max_shard_bytes)
     write_config(module.config, folder / "config.json", **stamps)

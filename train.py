@@ -36,13 +36,17 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import checkpoint
 import data
@@ -158,6 +162,66 @@ PRESETS = {  # --preset, --train
     "fun-2b": {"dit": FUN_2B, "vae": FUN_VAE},
     "fun-5b": {"dit": FUN_5B, "vae": FUN_VAE},
 }
+
+
+# ---------------------------------------------------------------- several processes: torchrun
+#
+# All of them run the same program. The transformer's weights, gradients, moments and EMA are cut into as many
+# parts as there are ranks (FSDP2); text encoder and VAE, where they learn, are small and whole in each rank.
+# A rank works on its share of the micro-batches of a step; gradients are averaged. Rank 0 writes.
+
+RANK, NUM_RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def join_ranks(args: argparse.Namespace) -> None:
+    """Meet the other processes; each takes a GPU of its own if there are any."""
+    if NUM_RANKS > 1 and not dist.is_initialized():
+        if args.device is None and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if str(args.device).startswith("cuda") else "gloo")
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    if NUM_RANKS > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def shard(dit: VideoTransformer) -> None:
+    """Cut a transformer's parameters over the ranks; each layer is whole only while it computes."""
+    if NUM_RANKS > 1:
+        for module in (*dit.transformer_blocks, dit):
+            fully_shard(module)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # it is not written to
+        register_fsdp_forward_method(dit, "project_text")
+
+
+def say(text: str) -> None:
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors, on the CPU of rank 0; every rank has to call it. Elsewhere nothing is kept."""
+    pairs = ((name, whole(tensor)) for name, tensor in state.items())
+    return {name: tensor.cpu() for name, tensor in pairs if RANK == 0}
+
+
+def spread_like(param: Tensor, tensor: Tensor) -> Tensor:
+    """A rank's part of a whole tensor, cut as `param` is."""
+    tensor = tensor.to(param.device, copy=True)
+    if not isinstance(param, DTensor) or tensor.ndim == 0:
+        return tensor
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
 
 
 # ---------------------------------------------------------------- draws
@@ -337,14 +401,14 @@ class Denoising:
             frames = sample.generate(models, batch.caption[0], **settings)
         write_clip(frames, path, self.config.fps)
 
-    def save(self, folder: Path) -> None:
-        """What learnt; all else in a checkpoint stays the files it was."""
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """What learnt, with the transformer's gathered `state`; all else stays the files it was."""
         if self.config.lora_rank:
             from lora import save_lora
 
-            save_lora(self.dit, folder / LORA)
+            save_lora(self.dit, folder / LORA, state)
         else:
-            self.dit.save_pretrained(folder)
+            self.dit.save_pretrained(folder, state=state)
         if self.train_text:
             self.t5.save_pretrained(folder)
 
@@ -404,7 +468,7 @@ class Reconstruction:
         both = torch.cat([pixels, self.reconstruct(pixels)], dim=3)
         write_clip(to_uint8(both[0]), path, self.config.fps)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, _) -> None:
         """With a scaling factor that gives the latents of the held-out samples a standard deviation of 1."""
         latents = torch.cat([self.encode(pixels).float().flatten() for pixels in self.held_out])
         self.vae.config.scaling_factor = round(1 / latents.std().item(), 6)
@@ -413,7 +477,7 @@ class Reconstruction:
 
 
 def write_clip(frames, path: Path, fps: float) -> None:
-    for suffix in (".gif", ".png"):
+    for suffix in (".gif", ".png") if RANK == 0 else ():
         write_video(frames, path.with_suffix(suffix), fps)
 
 
@@ -441,32 +505,69 @@ def clip_norm(config: Config, step: int, norm: float) -> float:
     return limit / min(norm / limit, 10) if is_spike else limit
 
 
-class Learner:
-    """The weights that learn (fp32), their optimizers and their EMA, each by the name component/key.
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The matrix with all singular values near 1 (0.7 … 1.2): five Newton-Schulz steps by a quintic.
 
-    Muon turns the momentum of a matrix (or kernel, with its inputs flattened) into the nearest orthogonal
-    one, so that all its directions learn alike; from scratch that saves most of the steps. Its updates are
-    as large as AdamW's, so one learning rate serves both. (Jordan et al. 2024; arXiv 2502.16982, sec. 2.2)
+    In float32: bfloat16 would do, but its rounding, enlarged in the weakest directions, would depend on how
+    many ranks have added up the gradient.
     """
+    x = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if len(matrix) <= matrix.shape[1] else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Turns the momentum of a matrix (or kernel, with its inputs flattened) into the nearest orthogonal one,
+    so that all its directions learn alike; from scratch that saves most of the steps. Its updates are as
+    large as AdamW's, so one learning rate serves both. (Jordan et al. 2024; arXiv 2502.16982, sec. 2.2)
+
+    Beyond torch.optim.Muon it takes kernels and sharded parameters, whose gradient each rank gathers.
+    """
+
+    def __init__(self, params: Iterable[Tensor], weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        [group] = self.param_groups
+        for param in (param for param in group["params"] if param.grad is not None):
+            state = self.state[param]
+            average = state.setdefault("momentum_buffer", torch.zeros_like(param.grad))
+            average.lerp_(param.grad, 1 - group["momentum"])
+            direction = whole(param.grad.lerp(average, group["momentum"])).float()
+            update = orthogonal(direction.flatten(1))
+            update *= 0.2 * max(update.shape) ** 0.5  # to AdamW's root mean square
+            param.mul_(1 - group["lr"] * group["weight_decay"])
+            param.sub_(group["lr"] * spread_like(param, update.view(direction.shape)))
+
+
+class Learner:
+    """The weights that learn (fp32), their optimizers and their EMA, each by the name component/key."""
 
     def __init__(self, modules: dict[str, nn.Module], config: Config):
         self.modules, self.config = modules, config
         params = ((f"{name}/{key}", p) for name, m in modules.items() for key, p in m.named_parameters())
         self.params = {name: param for name, param in params if param.requires_grad}
         for param in self.params.values():
-            param.data = param.data.clone()  # not a view of the file it was loaded from
+            if not isinstance(param, DTensor):
+                param.data = param.data.clone()  # not a view of the file it was loaded from
         tables = {m.weight for top in modules.values() for m in top.modules() if isinstance(m, nn.Embedding)}
-        self.matrices = {  # what Muon takes, as views of two axes
-            name: nn.Parameter(param.data.flatten(1))
-            for name, param in self.params.items()
-            if config.optimizer == "muon" and param.ndim > 1 and param not in tables
-        }
-        others = {name: param for name, param in self.params.items() if name not in self.matrices}
+        matrices, sharded, others = {}, {}, {}  # one fused AdamW cannot have the latter two
+        for name, param in self.params.items():
+            if config.optimizer == "muon" and param.ndim > 1 and param not in tables:
+                matrices[name] = param
+            else:
+                (sharded if isinstance(param, DTensor) else others)[name] = param
         decay = {"weight_decay": config.weight_decay}
+        adamw = {"eps": config.adam_eps, "fused": True}
         self.optimizers, self.moments = [], {}
         for kind, settings, members in (
-            (torch.optim.AdamW, {"eps": config.adam_eps, "fused": True}, others),
-            (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}, self.matrices),
+            (torch.optim.AdamW, adamw, others),
+            (torch.optim.AdamW, adamw, sharded),
+            (Muon, {}, matrices),
         ):
             if members:
                 self.optimizers.append(kind(members.values(), **settings, **decay))
@@ -483,16 +584,20 @@ class Learner:
                 param.data.copy_(before.ema[name])
 
     def clip(self, step: int) -> float:
-        """Shorten the gradient where it is too long; returns its norm before that."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+        """Average the gradient over ranks and shorten it if it is too long; returns its norm before that."""
+        gradients = [p.grad for p in self.params.values() if p.grad is not None]
+        for gradient in gradients:  # of what is not sharded
+            if not isinstance(gradient, DTensor):
+                sum_over_ranks(gradient).div_(NUM_RANKS)
+        kinds = ([g for g in gradients if isinstance(g, DTensor) == sharded] for sharded in (True, False))
+        norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+        norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
         limit = clip_norm(self.config, step, norm.item())
-        nn.utils.clip_grads_with_norm_(self.params.values(), limit, norm)
+        for gradient in gradients:
+            gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
         return norm.item()
 
     def step(self, lr: float) -> None:
-        for name, matrix in self.matrices.items():
-            gradient = self.params[name].grad
-            matrix.grad = gradient if gradient is None else gradient.flatten(1)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -503,16 +608,20 @@ class Learner:
         """Over the last tenth of the steps at first, so that a short run shows what it learnt."""
         if self.ema:
             decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-            weights = [param.detach() for param in self.params.values()]
-            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
+            averages = [part(average) for average in self.ema.values()]
+            weights = [part(param.detach()) for param in self.params.values()]
+            torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The modules hold the EMA weights inside the block."""
 
-        def swap() -> None:
+        @torch.no_grad()
+        def swap() -> None:  # in place, as a sharded parameter cannot be exchanged for another tensor
             for name, average in self.ema.items():
-                self.params[name].data, self.ema[name] = average, self.params[name].data
+                weight = self.params[name].detach().clone()
+                self.params[name].copy_(average)
+                average.copy_(weight)
 
         swap()
         try:
@@ -540,12 +649,13 @@ class Learner:
             param = self.params.get(name)
             if param is None:  # it learnt in the phase that ended here
                 continue
+            tensor = spread_like(param, tensor)
             if key == "weight":
                 param.data.copy_(tensor)
             elif key == "ema":
                 self.ema[name].copy_(tensor)
             else:
-                self.moments[name][key] = tensor.to(param.device, copy=True)
+                self.moments[name][key] = tensor
 
 
 # ---------------------------------------------------------------- the folder of a run
@@ -625,7 +735,8 @@ def begin_or_resume(args: argparse.Namespace, config: Config, settings: dict) ->
     if not newest:
         is_model = args.model and args.out.resolve() == args.model.resolve()
         check(not is_model, f"--out {args.out} is the folder to start from; choose another")
-        begin_folder(args.out, args.model, config, args.from_scratch)
+        if RANK == 0:
+            begin_folder(args.out, args.model, config, args.from_scratch)
         return None, Counters(phase=args.phase - 1)
     check(args.resume, f"{args.out} holds a run ({newest.name}); add --resume, or choose another --out")
     state = checkpoint.read_json(newest / "training" / "state.json")
@@ -633,8 +744,9 @@ def begin_or_resume(args: argparse.Namespace, config: Config, settings: dict) ->
         before = state["settings"].get(name, value)  # a checkpoint may be older than a setting
         remedy = "repeat the settings to resume, or start a new run from it with --model"
         check(value == before, f"{newest} was trained with {name} = {before}, now it is {value}; {remedy}")
-    print(f"resuming from {newest}")
-    checkpoint.publish(args.out, newest, args.keep)  # the kill may have come between saving and this
+    say(f"resuming from {newest}")
+    if RANK == 0:
+        checkpoint.publish(args.out, newest, args.keep)  # the kill may have come between saving and this
     return newest, Counters(**state["counters"])
 
 
@@ -719,26 +831,34 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, config: Config, signals: list[int]):
         self.args, self.config, self.signals, self.out = args, config, signals, args.out
+        join_ranks(args)
         self.records, self.held_out_records, failures = open_data(args, config)
-        self.loader = Loader(self.records, config.seed, failures, args.num_workers)
+        self.loader = Loader(self.records, config.seed, failures, args.num_workers, say=say)
+        self.loader.say = print  # the above each rank knows, from here on each meets files of its own
         check(self.records and self.held_out_records, "there are no samples to train on")
         device, dtype = choose_device(args)
         settings = {name: str(getattr(args, name)) for name in ("data", "val_data", "num_val")}
         settings |= {"dtype": str(dtype)[6:], **dataclasses.asdict(config)}
         self.settings = json.loads(json.dumps(settings))  # what has to be the same when a run is resumed
+        if RANK > 0:
+            dist.barrier()  # until rank 0 has made the folder ready
         self.resumed, self.at = begin_or_resume(args, config, self.settings)
+        if RANK == 0 and NUM_RANKS > 1:
+            dist.barrier()
         kinds = {"dit": Denoising, "vae": Reconstruction}
         self.task = kinds[config.train](config, self.resumed or self.out, device, dtype)
         if config.train == "dit":
             self.task.dit.activation_checkpointing = args.activation_checkpointing
             for block in self.task.dit.transformer_blocks if args.compile else []:
                 block.compile()
+            shard(self.task.dit)
         needs_control = config.train == "dit" and self.task.kind == "control"
         for record in self.records + self.held_out_records if needs_control else []:
             check(record.read_control, f"{record.name} has no control_file_path, which a control model needs")
         self.log_file = self.out / "log.jsonl"
-        self.log_file.touch()
-        os.truncate(self.log_file, min(self.at.log_bytes, self.log_file.stat().st_size))  # as it was then
+        if RANK == 0:
+            self.log_file.touch()
+            os.truncate(self.log_file, min(self.at.log_bytes, self.log_file.stat().st_size))  # as it was then
         steps_left = sum(phase.num_steps for phase in config.phases[self.at.phase :]) - self.at.step
         self.num_steps = min(args.num_steps or math.inf, self.at.total_steps + steps_left)
         self.learner, self.pace = None, 0.0  # seconds a step, lately
@@ -766,7 +886,7 @@ class Run:
     def deal(self) -> Iterator[list[tuple[int, Batch]]]:
         """Global batches from where the run is on, through all epochs: lists of (epoch, micro-batch).
 
-        The list is fixed by plan and seed; a number of processes would take every n-th of each.
+        The list is fixed by plan and seed; of each, a rank works on every NUM_RANKS-th.
         """
         epochs = (self.batches(self.records, epoch) for epoch in itertools.count(self.at.epoch))
         micro_batches = itertools.islice(itertools.chain.from_iterable(epochs), self.at.batch, None)
@@ -777,15 +897,14 @@ class Run:
         """What will happen, before it does."""
         phase, plan, task, draws = self.phase, self.plan, self.task, self.config.draws_per_clip
         size = sum(param.numel() for param in self.learner.params.values())
-        print(
+        say(
             f"training {', '.join(self.learner.modules)}: {size / 1e6:.2f} M parameters on {task.device} in "
             f"{str(task.dtype)[6:]} -> {self.out}\n"
             f"{len(self.records)} samples; a step is {phase.global_batch // self.config.batch_size} "
             f"micro-batches of up to {plan.batch_tokens} video tokens, x {draws} draws\n"
             f"{phase.num_steps} steps at resolutions {', '.join(map(str, phase.resolutions))}, up to "
             f"{phase.max_tokens} tokens and {plan.max_frames} frames; the shapes of epoch {self.at.epoch}:\n"
-            + data.bucket_table([batch for _, batch in self.batches(self.records, self.at.epoch)]),
-            flush=True,
+            + data.bucket_table([batch for _, batch in self.batches(self.records, self.at.epoch)])
         )
 
     def check_finite(self, value: float, micro_batches: list[tuple[int, Batch]]) -> None:
@@ -795,6 +914,8 @@ class Run:
               f"Lower --lr, or look at the files of this batch: {', '.join(names)}")  # fmt: skip
 
     def log(self, entry: dict, line: str) -> None:
+        if RANK > 0:
+            return
         with self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         print(line, flush=True)
@@ -816,25 +937,31 @@ class Run:
             result = self.task.validate()
         step, shown = self.at.total_steps, "  ".join(f"{name} {value:.4g}" for name, value in result.items())
         self.log({"step": step, **result}, f"held out at step {step}: {shown}")
-        draw_curve(self.log_file, self.out / "loss.png")
+        if RANK == 0:
+            draw_curve(self.log_file, self.out / "loss.png")
 
     def preview(self) -> None:
         for i, (batch, _) in enumerate(self.held_out[: self.args.num_previews]):
             path = self.out / "previews" / f"step-{self.at.total_steps:06d}-{i}"
             with self.learner.averaged():
                 self.task.preview(self.out, path, batch, self.args.preview_steps)
-            print(f"{path}.gif and .png: {batch.caption[0]}", flush=True)
+            say(f"{path}.gif and .png: {batch.caption[0]}")
 
     def save(self) -> None:
         """A checkpoint: folders like those of --model with EMA weights, and training/ with all else."""
         self.at.log_bytes = self.log_file.stat().st_size
         state = {"counters": dataclasses.asdict(self.at), "settings": self.settings}
-        with checkpoint.new_checkpoint(self.out, self.at.total_steps, self.args.keep) as folder:
+        place = checkpoint.new_checkpoint(self.out, self.at.total_steps, self.args.keep)
+        with place if RANK == 0 else contextlib.nullcontext() as folder:
+            training = gather(self.learner.state())  # written first: of one rank it is no copy
+            if RANK == 0:
+                checkpoint.save_weights(training, folder / "training", "state")
+                (folder / "training" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
             with self.learner.averaged():
-                self.task.save(folder)
-            checkpoint.save_weights(self.learner.state(), folder / "training", "state")
-            (folder / "training" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        print(f"saved step {self.at.total_steps} in {self.out / 'checkpoints'}", flush=True)
+                weights = gather(self.task.dit.state_dict() if self.config.train == "dit" else {})
+                if RANK == 0:
+                    self.task.save(folder, weights)
+        say(f"saved step {self.at.total_steps} in {self.out / 'checkpoints'}")
 
 
 # ---------------------------------------------------------------- the command line
@@ -964,6 +1091,12 @@ def make_config(args: argparse.Namespace) -> Config:
         check(
             clips % part == 0, f"a step of {clips} clips cannot be cut into micro-batches of {part}; {remedy}"
         )
+        num = clips // part
+        remedy = f"give --grad-accum a multiple of {NUM_RANKS}"
+        check(
+            num % NUM_RANKS == 0,
+            f"the {num} micro-batches of a step cannot be dealt to {NUM_RANKS} ranks; {remedy}",
+        )
     is_dit = config.train == "dit"
     check(is_dit or config.draws_per_clip == 1, "--draws-per-clip is for --train dit; leave it out")
     fits_lora = is_dit and not config.in_channels
@@ -978,14 +1111,17 @@ def make_config(args: argparse.Namespace) -> Config:
 def train(run: Run) -> None:
     """All phases, from where the run is to its end or to a signal."""
     args, config, at, task = run.args, run.config, run.at, run.task
-    while at.total_steps < run.num_steps and not run.signals:
+    stop = 0
+    while at.total_steps < run.num_steps and not stop:
         run.begin_phase()
         run.describe()
         phase, learner = run.phase, run.learner
         if at.total_steps == 0:
             run.validate()  # where it starts
         todo, ahead = itertools.tee(run.deal())
-        loaded = run.loader.batches(micro_batch for micro_batches in ahead for micro_batch in micro_batches)
+        loaded = run.loader.batches(
+            mine for micro_batches in ahead for mine in micro_batches[RANK::NUM_RANKS]
+        )
 
         for micro_batches in todo:  # a global batch, and so one step
             start, waited, loss = time.perf_counter(), 0.0, 0.0
@@ -993,16 +1129,19 @@ def train(run: Run) -> None:
             all_keys = repeated(sum(keys, []), config.draws_per_clip)
             timesteps = stratified_timesteps(all_keys, config.timestep_shift)
             parts = timesteps.split([len(part) * config.draws_per_clip for part in keys])
-            for micro_batch, part, t in zip(micro_batches, keys, parts):
+            share_of_rank = list(zip(micro_batches, keys, parts))[RANK::NUM_RANKS]
+            for micro_batch, part, t in share_of_rank:
                 asked = time.perf_counter()
                 _, _, samples = next(loaded)  # decoded in threads, ahead of their use
                 waited += time.perf_counter() - asked
                 share = task.losses(samples, part, t).sum() / len(timesteps)
-                share.backward()  # so that the gradient is the mean over all samples, however they are cut
+                run.check_finite(share.item(), [micro_batch])
+                # The gradient is the mean over all samples, however they are cut; over ranks FSDP averages.
+                (share * NUM_RANKS).backward()
                 loss += share.item()
-                run.check_finite(loss, [micro_batch])
             grad_norm = learner.clip(at.total_steps)
             run.check_finite(grad_norm, micro_batches)
+            loss, stop = sum_over_ranks(torch.tensor([loss, len(run.signals)], device=task.device)).tolist()
             lr = learning_rate(phase, config.warmup_steps, at.step)
             learner.step(lr)
             learner.update_ema(at.total_steps)
@@ -1015,9 +1154,9 @@ def train(run: Run) -> None:
                 run.validate()
             if is_last or at.total_steps % args.preview_every == 0:
                 run.preview()
-            if is_last or run.signals or at.total_steps % args.save_every == 0:
+            if is_last or stop or at.total_steps % args.save_every == 0:
                 run.save()
-            if is_last or run.signals:
+            if is_last or stop:
                 break
         loaded.close()
 
@@ -1030,7 +1169,7 @@ def main(argv: list[str] | None = None) -> int:
         if signals:
             raise KeyboardInterrupt  # the second time at once
         signals.append(number)
-        print("saving after this step …", flush=True)
+        say("saving after this step …")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -1042,7 +1181,7 @@ def main(argv: list[str] | None = None) -> int:
             following += f" --lora {args.out / LORA}"
         if config.train == "vae":
             following = f"train.py --preset {args.preset} --model {args.out}"  # a transformer for its latents
-        print(f"{'stopped' if signals else 'done'}: {run.at.total_steps} steps; now python {following}")
+        say(f"{'stopped' if signals else 'done'}: {run.at.total_steps} steps; now python {following}")
         return 128 + signals[0] if signals else 0
     except (ValueError, OSError) as error:
         message = str(error)
@@ -1050,6 +1189,8 @@ def main(argv: list[str] | None = None) -> int:
         message = "out of memory; try a smaller --batch-size or --max-tokens, or --activation-checkpointing"
     except KeyboardInterrupt:
         message = "interrupted; the last checkpoint can be resumed"
+    except dist.DistBackendError:
+        message = "another process has stopped; see its message"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

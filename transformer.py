@@ -391,10 +391,18 @@ class VideoTransformer(nn.Module):
         """Load `model_dir/transformer`, or `model_dir` itself; ValueError or OSError if it does not fit."""
         return load_component(cls, TransformerConfig, component_dir(model_dir, "transformer"), dtype, device)
 
-    def save_pretrained(self, model_dir: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        """Write `model_dir/transformer` as diffusers and CogVideoX-Fun read it."""
-        stamps = {"_class_name": "CogVideoXTransformer3DModel"}
-        save_component(self, Path(model_dir) / "transformer", max_shard_bytes=max_shard_bytes, **stamps)
+    def save_pretrained(
+        self,
+        model_dir: str | Path,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write `model_dir/transformer` as diffusers and CogVideoX-Fun read it.
+
+        state: what `state_dict()` is; of a sharded model, with the tensors gathered
+        """
+        stamps = {"_class_name": "CogVideoXTransformer3DModel", "max_shard_bytes": max_shard_bytes}
+        save_component(self, Path(model_dir) / "transformer", state=state, **stamps)
 
 
 def position_rule(config: TransformerConfig) -> str | None:
