@@ -436,6 +436,59 @@ def test_colours_count_more_where_the_target_is_colourful():
     assert train.reconstruction_losses(edge, grey) > train.reconstruction_losses(flat, grey)
 
 
+# ---------------------------------------------------------------- what the tiny preset adds
+
+
+def test_muon_makes_all_singular_values_of_an_update_alike():
+    matrix = torch.randn(6, 4) @ torch.diag(torch.tensor([1.0, 0.5, 0.1, 0.03])) @ torch.randn(4, 4)
+    for shape in (matrix, matrix.T):
+        values = torch.linalg.svdvals(train.orthogonal(shape))
+        assert 0.6 < values.min() and values.max() < 1.3
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    nearest = left @ right
+    assert (train.orthogonal(matrix) * nearest).sum() / nearest.norm() ** 2 > 0.8
+
+
+def test_muon_moves_a_kernel_as_far_as_adamw_would():
+    kernel = torch.nn.Parameter(torch.zeros(8, 2, 3, 3))
+    optimizer = train.Muon([kernel], weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = 0.1
+    kernel.grad = torch.randn(8, 2, 3, 3)
+    optimizer.step()
+    assert kernel.square().mean().sqrt().item() == pytest.approx(0.1 * 0.2, rel=0.2)
+    assert (kernel * kernel.grad).sum() < 0
+
+
+def test_muon_gets_matrices_and_adamw_vectors_and_tables():
+    module = torch.nn.ModuleDict({"table": torch.nn.Embedding(5, 4), "layer": torch.nn.Linear(4, 3)})
+    learner = Learner({"m": module}, train.TINY)
+    for param in module.parameters():
+        param.grad = torch.ones_like(param)
+    learner.step(1e-3)
+    with_momentum = {name for name, moments in learner.moments.items() if "momentum_buffer" in moments}
+    assert with_momentum == {"m/layer.weight"}
+    assert "exp_avg" in learner.moments["m/table.weight"] and "exp_avg" in learner.moments["m/layer.bias"]
+
+
+def test_a_shift_draws_noisy_timesteps_more_often():
+    keys = [(0, 0, index) for index in range(2000)]
+    plain, shifted = (stratified_timesteps(keys, shift).float() for shift in (1.0, 3.0))
+    assert plain.median().item() == pytest.approx(500, abs=5)
+    assert shifted.median().item() == pytest.approx(750, abs=5)  # 3/2 / (1 + 2/2)
+    assert 0 <= shifted.min() and shifted.max() <= 999
+
+
+def test_text_only_samples_have_a_zero_condition_whatever_their_mask():
+    task = task_for(INPAINT)
+    batch, keys = drawn_batch(4)
+    conditions = []
+    for share in (0.0, 1.0):
+        task.config = replace(task.config, text_only=share)
+        conditions.append(task.encode(batch._replace(mask=torch.zeros_like(batch.mask)), keys)[1])
+    assert conditions[0].abs().amax((1, 2, 3, 4)).min() > 0
+    assert not conditions[1].any()
+
+
 # ---------------------------------------------------------------- LoRA
 
 
