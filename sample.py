@@ -462,6 +462,8 @@ def denoise(models: Models, dit: VideoTransformer, job: Job, randn: Callable, pr
 
 def make_latents(models: Models, jobs: list[Job], progress: bool = False) -> Iterator[Tensor]:
     """The clean latents of each job in turn; every network is loaded once for all of them."""
+    if not jobs:
+        return
     draws = [job.request.randn or _seeded_randn(job.seed) for job in jobs]
     encode_texts(models, jobs, progress)
     encode_inputs(models, jobs, draws, progress)
@@ -652,12 +654,29 @@ def check_out(target: Path, inputs: list[str | None] = []) -> None:
         ) from None
 
 
-def output_path(target: Path, i: int, count: int, suffix: str) -> Path:
-    """Where the i-th of `count` results goes: the file asked for, or the next number in the folder."""
+def output_paths(target: Path, count: int, suffix: str) -> list[Path]:
+    """Where `count` results go: the file asked for, numbered if there are more, or the next in the folder."""
     if target.suffix and not target.is_dir():
-        return target if count == 1 else target.with_stem(f"{target.stem}-{i + 1}")
+        return [target if count == 1 else target.with_stem(f"{target.stem}-{i + 1}") for i in range(count)]
     taken = [int(path.stem) for path in target.glob("[0-9]*.*") if re.fullmatch("[0-9]+", path.stem)]
-    return target / f"{max(taken, default=0) + 1:04d}{suffix}"
+    return [target / f"{max(taken, default=0) + 1 + i:04d}{suffix}" for i in range(count)]
+
+
+# ---------------------------------------------------------------- several processes: torchrun
+
+RANK, NUM_RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def agree(value: object) -> object:
+    """What rank 0 says; no rank goes on before all are here."""
+    if NUM_RANKS > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        values = [value]
+        torch.distributed.broadcast_object_list(values)
+        torch.distributed.barrier()
+        [value] = values
+    return value
 
 
 # ---------------------------------------------------------------- command line
@@ -758,6 +777,9 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """The device asked for or the best there is, and the dtype asked for or its usual one."""
+    if name is None and NUM_RANKS > 1 and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -787,7 +809,7 @@ def make_jobs(models: Models, args: argparse.Namespace) -> list[Job]:
         if (legal := legal_num_frames(config, num_frames)) != num_frames:
             raise ValueError(f"num_frames={num_frames} is an odd number of latent frames, which this model "
                              f"takes in pairs; try {legal} (or {legal + 8})")  # fmt: skip
-    seeds = args.seed or [int.from_bytes(os.urandom(4))]
+    seeds = args.seed or [agree(int.from_bytes(os.urandom(4)))]
     seeds = [seed + i for seed in seeds for i in range(args.num_videos)]
     names = [f.name for f in dataclasses.fields(Request) if hasattr(args, f.name)]
     settings = {name: getattr(args, name) for name in names} | {
@@ -823,9 +845,10 @@ def sample_all(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tu
     check_memory(needs, models.device)
     say(describe(models, jobs, needs))
     results, suffix = [], ".png" if jobs[0].num_frames == 1 else ".mp4"
-    for i, latents in enumerate(make_latents(models, jobs, progress=not args.quiet)):
-        record = make_record(models, jobs[i], args.fps)
-        path = output_path(target, i, len(jobs), suffix)
+    paths = agree(output_paths(target, len(jobs), suffix))[RANK::NUM_RANKS]
+    jobs = jobs[RANK::NUM_RANKS]
+    for job, path, latents in zip(jobs, paths, make_latents(models, jobs, progress=not args.quiet)):
+        record = make_record(models, job, args.fps)
         tensors = {"latents": latents.cpu().contiguous()}
         save_tensors(tensors, path.with_suffix(".safetensors"), {"record": json.dumps(record)})
         results.append((path, latents, record))
@@ -847,14 +870,14 @@ def reopen(args: argparse.Namespace) -> tuple[Models, list[tuple[Path, Tensor, d
     check_out(Path(args.out))
     check_memory({"decoding": estimate_bytes(models, latents.shape)["decode"]}, models.device)
     suffix = ".png" if latents.shape[2] == 1 else ".mp4"
-    return models, [(output_path(Path(args.out), 0, 1, suffix), latents, record)]
+    return models, [(output_paths(Path(args.out), 1, suffix)[0], latents, record)]
 
 
 def run(args: argparse.Namespace) -> None:
     """Sample or reopen latents, then decode and write each video, and the record of its making beside it."""
 
     def say(text: object) -> None:
-        if not args.quiet:
+        if RANK == 0 and not args.quiet:
             print(str(text).encode(errors="backslashreplace").decode())  # names of files may be no Unicode
 
     models, results = reopen(args) if args.from_latents else sample_all(args, say)

@@ -53,6 +53,7 @@ import data
 import sample
 from data import Batch, Loader, Plan, Record, Sample, epoch_batches, rng, to_uint8, write_video
 from diffusion import NUM_TIMESTEPS, Schedule
+from sample import NUM_RANKS, RANK
 from text_encoder import T5Config, T5Encoder, Tokenizer
 from transformer import TransformerConfig, VideoTransformer, grow_input_channels, max_num_frames, model_kind
 from vae import VAEConfig, VideoVAE, inpaint_condition
@@ -170,16 +171,12 @@ PRESETS = {  # --preset, --train
 # parts as there are ranks (FSDP2); text encoder and VAE, where they learn, are small and whole in each rank.
 # A rank works on its share of the micro-batches of a step; gradients are averaged. Rank 0 writes.
 
-RANK, NUM_RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-
 
 def join_ranks(args: argparse.Namespace) -> None:
-    """Meet the other processes; each takes a GPU of its own if there are any."""
+    """Meet the other processes; each has a GPU of its own if there are any, see `sample.choose_device`."""
     if NUM_RANKS > 1 and not dist.is_initialized():
-        if args.device is None and torch.cuda.is_available():
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if str(args.device).startswith("cuda") else "gloo")
+        device, _ = choose_device(args)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -1141,10 +1138,10 @@ def train(run: Run) -> None:
                 loss += share.item()
             grad_norm = learner.clip(at.total_steps)
             run.check_finite(grad_norm, micro_batches)
-            loss, stop = sum_over_ranks(torch.tensor([loss, len(run.signals)], device=task.device)).tolist()
             lr = learning_rate(phase, config.warmup_steps, at.step)
             learner.step(lr)
             learner.update_ema(at.total_steps)
+            loss, stop = sum_over_ranks(torch.tensor([loss, len(run.signals)], device=task.device)).tolist()
             seconds = time.perf_counter() - start
             run.log_step(micro_batches, seconds, waited, loss=loss, grad_norm=grad_norm, lr=lr)
             at.advance(micro_batches, config.phases)

@@ -1,4 +1,5 @@
-"""Two ranks (gloo, on the CPU) learn what one learns, and a run may change their number on the way."""
+"""Two ranks (gloo, on the CPU) learn what one learns, a run may change their number on the way, and ranks that
+sample share the work."""
 
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 from conftest import GOLDENS
 from safetensors.torch import load_file
 
+import sample
 import train
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -124,3 +126,33 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "not finite" in said
     assert time.monotonic() - start_time < 100
+
+
+def test_ranks_share_prompts_and_seeds(tmp_path):
+    """The same files as one process writes, each made once."""
+    options = [
+        "a",
+        "b",
+        "--model",
+        GOLDENS / "fun-2b-inp",
+        "--seed",
+        1,
+        2,
+        "--num-steps",
+        2,
+        "--num-frames",
+        5,
+    ]
+    options = [*map(str, options), "--device", "cpu", "--height", "32", "--width", "32"]
+    assert sample.main([*options, "--out", str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    command += [str(TRAIN.with_name("sample.py")), *options, "--out", str(tmp_path / "three")]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("one", "three")]
+    assert names[0] == names[1] and len(names[0]) == 12  # .mp4, .json, .safetensors of four
+    for i in range(1, 5):
+        ours, theirs = (
+            load_file(tmp_path / name / f"{i:04d}.safetensors")["latents"] for name in ("one", "three")
+        )
+        assert (ours - theirs).abs().max() < 1e-5
