@@ -1,5 +1,4 @@
-"""Two ranks (gloo, on the CPU) learn what one learns, a run may change their number on the way, and ranks that
-sample share the work."""
+"""Two ranks (gloo, CPU) learn what one learns, their number may change, and in sampling they share work."""
 
 import json
 import os
