@@ -777,8 +777,11 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """The device asked for or the best there is, and the dtype asked for or its usual one."""
-    if name is None and NUM_RANKS > 1 and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if NUM_RANKS > 1 and torch.cuda.is_available() and name in (None, "cuda"):  # one for each process
+        rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if rank >= count:
+            raise ValueError(f"there are more processes than GPUs; try --nproc_per_node={count}")
+        name = f"cuda:{rank}"
         torch.cuda.set_device(name)
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

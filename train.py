@@ -27,6 +27,7 @@ Dimension key: b batch, c channels, f frames, h w height and width, L text token
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -45,6 +46,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -172,24 +174,36 @@ PRESETS = {  # --preset, --train
 # A rank works on its share of the micro-batches of a step; gradients are averaged. Rank 0 writes.
 
 
-def join_ranks(args: argparse.Namespace) -> None:
-    """Meet the other processes; each has a GPU of its own if there are any, see `sample.choose_device`."""
-    if NUM_RANKS > 1 and not dist.is_initialized():
-        device, _ = choose_device(args)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+@functools.cache
+def join_ranks() -> dist.Store | None:
+    """Meet the other processes, to speak by NCCL of what is on GPUs and by Gloo of what is not.
+
+    returns: a store that all can read and write, or None if there are no others
+    """
+    if NUM_RANKS == 1:
+        return None
+    store, rank, num_ranks = next(dist.rendezvous("env://"))
+    dist.init_process_group(store=store, rank=rank, world_size=num_ranks)
+    return store
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
+    """In place; on the CPU it is also where ranks wait for each other."""
     if NUM_RANKS > 1:
         dist.all_reduce(values)
     return values
 
 
-def shard(dit: VideoTransformer) -> None:
+def wait_for_ranks() -> None:
+    sum_over_ranks(torch.zeros(1))
+
+
+def shard(dit: VideoTransformer, device: torch.device) -> None:
     """Cut a transformer's parameters over the ranks; each layer is whole only while it computes."""
     if NUM_RANKS > 1:
+        mesh = init_device_mesh(device.type, (NUM_RANKS,))
         for module in (*dit.transformer_blocks, dit):
-            fully_shard(module)
+            fully_shard(module, mesh=mesh)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # it is not written to
         register_fsdp_forward_method(dit, "project_text")
 
@@ -828,7 +842,6 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, config: Config, signals: list[int]):
         self.args, self.config, self.signals, self.out = args, config, signals, args.out
-        join_ranks(args)
         self.records, self.held_out_records, failures = open_data(args, config)
         self.loader = Loader(self.records, config.seed, failures, args.num_workers, say=say)
         self.loader.say = print  # the above each rank knows, from here on each meets files of its own
@@ -838,17 +851,17 @@ class Run:
         settings |= {"dtype": str(dtype)[6:], **dataclasses.asdict(config)}
         self.settings = json.loads(json.dumps(settings))  # what has to be the same when a run is resumed
         if RANK > 0:
-            dist.barrier()  # until rank 0 has made the folder ready
+            wait_for_ranks()  # until rank 0 has made the folder ready
         self.resumed, self.at = begin_or_resume(args, config, self.settings)
-        if RANK == 0 and NUM_RANKS > 1:
-            dist.barrier()
+        if RANK == 0:
+            wait_for_ranks()
         kinds = {"dit": Denoising, "vae": Reconstruction}
         self.task = kinds[config.train](config, self.resumed or self.out, device, dtype)
         if config.train == "dit":
             self.task.dit.activation_checkpointing = args.activation_checkpointing
             for block in self.task.dit.transformer_blocks if args.compile else []:
                 block.compile()
-            shard(self.task.dit)
+            shard(self.task.dit, device)
         needs_control = config.train == "dit" and self.task.kind == "control"
         for record in self.records + self.held_out_records if needs_control else []:
             check(record.read_control, f"{record.name} has no control_file_path, which a control model needs")
@@ -958,6 +971,7 @@ class Run:
                 weights = gather(self.task.dit.state_dict() if self.config.train == "dit" else {})
                 if RANK == 0:
                     self.task.save(folder, weights)
+        wait_for_ranks()  # as torchrun ends all when one has ended, also one that is still writing
         say(f"saved step {self.at.total_steps} in {self.out / 'checkpoints'}")
 
 
@@ -1105,10 +1119,10 @@ def make_config(args: argparse.Namespace) -> Config:
 # ---------------------------------------------------------------- the loop
 
 
-def train(run: Run) -> None:
-    """All phases, from where the run is to its end or to a signal."""
+def train(run: Run) -> bool:
+    """All phases, from where the run is to its end or to a signal; returns whether it was one."""
     args, config, at, task = run.args, run.config, run.at, run.task
-    stop = 0
+    stop = False
     while at.total_steps < run.num_steps and not stop:
         run.begin_phase()
         run.describe()
@@ -1141,7 +1155,7 @@ def train(run: Run) -> None:
             lr = learning_rate(phase, config.warmup_steps, at.step)
             learner.step(lr)
             learner.update_ema(at.total_steps)
-            loss, stop = sum_over_ranks(torch.tensor([loss, len(run.signals)], device=task.device)).tolist()
+            loss, stop = sum_over_ranks(torch.tensor([loss, len(run.signals)], dtype=torch.float64)).tolist()
             seconds = time.perf_counter() - start
             run.log_step(micro_batches, seconds, waited, loss=loss, grad_norm=grad_norm, lr=lr)
             at.advance(micro_batches, config.phases)
@@ -1156,6 +1170,7 @@ def train(run: Run) -> None:
             if is_last or stop:
                 break
         loaded.close()
+    return bool(stop)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1169,31 +1184,37 @@ def main(argv: list[str] | None = None) -> int:
         say("saving after this step …")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    store = join_ranks()
     try:
         args, config = parse(argv)
         run = Run(args, config, signals)
-        train(run)
+        stopped = train(run)
         following = f"sample.py PROMPT --model {args.out}"
         if config.lora_rank:
             following += f" --lora {args.out / LORA}"
         if config.train == "vae":
             following = f"train.py --preset {args.preset} --model {args.out}"  # a transformer for its latents
-        say(f"{'stopped' if signals else 'done'}: {run.at.total_steps} steps; now python {following}")
-        return 128 + signals[0] if signals else 0
-    except (ValueError, OSError) as error:
-        message = str(error)
-    except torch.OutOfMemoryError:
-        message = "out of memory; try a smaller --batch-size or --max-tokens, or --activation-checkpointing"
-    except KeyboardInterrupt:
-        message = "interrupted; the last checkpoint can be resumed"
-    except dist.DistBackendError:
-        message = "another process has stopped; see its message"
+        say(f"{'stopped' if stopped else 'done'}: {run.at.total_steps} steps; now python {following}")
+        return 128 + (signals or [signal.SIGTERM])[0] if stopped else 0
+    except (Exception, KeyboardInterrupt) as error:
+        if store and store.add("failed", 1) > 1:
+            return 2  # an error of one rank is soon one of all, but the first alone knows why
+        if isinstance(error, torch.OutOfMemoryError):
+            remedy = "try a smaller --batch-size or --max-tokens, or --activation-checkpointing"
+            error = f"out of memory; {remedy}"
+        elif isinstance(error, KeyboardInterrupt):
+            error = "interrupted; the last checkpoint can be resumed"
+        elif not isinstance(error, (ValueError, OSError)):
+            raise
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    print(f"train.py: error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if dist.is_initialized() and status != 2:  # an error may have left others in the middle of something
+        dist.destroy_process_group()
+    sys.exit(status)
