@@ -515,6 +515,60 @@ def generate(models: Models, prompt: str, output: str = "frames", progress: bool
     return latents if output == "latents" else np.concatenate(list(make_frames(models, latents, progress)))
 
 
+# ---------------------------------------------------------------- longer than the model
+
+OVERLAP = 5  # frames that a segment of a long video is given of the one before: two latent frames
+
+
+def segments(num_frames: int, length: int, overlap: int = OVERLAP) -> list[int]:
+    """How many frames each segment shares with the one before, for num_frames in segments of `length`.
+
+    The first shares none; the last as many as are needed to fill it.
+    """
+    shared, done = [0], length
+    while done < num_frames:
+        new = min(length - overlap, num_frames - done)
+        shared.append(length - new)
+        done += new
+    return shared
+
+
+def generate_long(
+    models: Models, prompt: str, num_frames: int, progress: bool = False, **settings
+) -> Iterator[np.ndarray]:
+    """A video of any length, in chunks uint8 f h w 3: segments of the model's own length, where each is given
+    the last frames of the one before as known frames of an inpaint model. Memory does not grow with it.
+
+    settings: as for `generate`, but what gives other frames than the first and last ones
+    raises ValueError for other models and settings
+    """
+    length = native_size(models.transformer_config)[2]
+    given = {name for name in ("video", "mask", "control_video", "latents") if settings.get(name) is not None}
+    if given:
+        raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no "
+                         f"{min(given)}; leave it out, or make {length} frames")  # fmt: skip
+    if num_frames % 4 != 1:
+        raise ValueError(f"num_frames={num_frames}; the VAE needs 4k+1, try {num_frames // 4 * 4 + 1}")
+    images = {name: settings.pop(name, None) for name in ("image", "end_image")}
+    seed = settings.pop("seed", None)
+    seed = int.from_bytes(os.urandom(4)) if seed is None else seed
+    overlaps, before = segments(num_frames, length), None
+    for i, shared in enumerate(overlaps):
+        end = images["end_image"] if i == len(overlaps) - 1 else None
+        request = settings | {"num_frames": length, "seed": seed + i}
+        if before is None:
+            request |= {"image": images["image"], "end_image": end}
+        else:
+            height, width = before.shape[1:3]
+            video, mask = np.zeros_like(before), np.full_like(before, 255)
+            video[:shared], mask[:shared] = before[-shared:], 0
+            if end is not None:
+                video[-1], mask[-1] = resize(read_image(end), height, width), 0
+            request |= {"video": video, "mask": mask, "height": height, "width": width}
+        before = generate(models, prompt, progress=progress, **request)
+        yield before[shared:]
+
+
 # ---------------------------------------------------------------- memory, and what is said before the start
 
 
@@ -835,12 +889,40 @@ def make_jobs(models: Models, args: argparse.Namespace) -> list[Job]:
     return [replace(job, request=request, seed=request.seed) for request in requests]
 
 
-def sample_all(args: argparse.Namespace, say: Callable) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
+def run_long(models: Models, args: argparse.Namespace, say: Callable) -> None:
+    """Every prompt and seed as a long video, written while it is made; there are no latents to keep."""
+    models.keep = True  # every segment needs all of them
+    target, given = Path(args.out), vars(args)
+    check_out(target, [args.end_image, *(args.image or [])])
+    seeds = args.seed or [agree(int.from_bytes(os.urandom(4)))]
+    seeds = [seed + i for seed in seeds for i in range(args.num_videos)]
+    names = [
+        f.name for f in dataclasses.fields(Request) if f.name in given and f.name not in ("prompt", "seed")
+    ]
+    settings = {name: given[name] for name in names if given[name] is not None and name != "num_frames"}
+    settings["guidance_interval"] = tuple(args.guidance_interval)
+    pairs = list(itertools.product(args.prompt, seeds))
+    paths = agree(output_paths(target, len(pairs), ".mp4"))
+    overlaps = segments(args.num_frames, native_size(models.transformer_config)[2])
+    say(f"{args.num_frames} frames in {len(overlaps)} segments, which share {str(overlaps[1:])[1:-1]} frames "
+        f"with those before; seeds {str(seeds)[1:-1]}")  # fmt: skip
+    for (prompt, seed), path in list(zip(pairs, paths))[RANK::NUM_RANKS]:
+        chunks = generate_long(models, prompt, args.num_frames, not args.quiet, seed=seed, **settings)
+        write_video(chunks, path, args.fps)
+        record = {"prompt": prompt, "seed": seed, "num_frames": args.num_frames, "overlaps": overlaps}
+        record |= {"settings": {name: str(value) for name, value in settings.items()}, "fps": args.fps}
+        with atomic_write(path.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(record | {"model": str(models.model_dir)}, indent=2) + "\n")
+        say(path)
+
+
+def sample_all(
+    models: Models, args: argparse.Namespace, say: Callable
+) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
     """Prepare and sample every job: (path of the video, latents, record) of each, the latents saved.
 
     They are saved before decoding starts, so that a kill then loses nothing.
     """
-    models = open_models(args, [parse_lora(text) for text in args.lora or []])
     jobs = make_jobs(models, args)
     target = Path(args.out)
     check_out(target, [args.end_image, args.video, args.mask, args.control_video, *(args.image or [])])
@@ -883,7 +965,15 @@ def run(args: argparse.Namespace) -> None:
         if RANK == 0 and not args.quiet:
             print(str(text).encode(errors="backslashreplace").decode())  # names of files may be no Unicode
 
-    models, results = reopen(args) if args.from_latents else sample_all(args, say)
+    if args.from_latents:
+        models, results = reopen(args)
+    else:
+        models = open_models(args, [parse_lora(text) for text in args.lora or []])
+        longest = native_size(models.transformer_config)[2]
+        if models.kind == "inpaint" and (args.num_frames or 0) > longest:
+            run_long(models, args, say)
+            return
+        models, results = sample_all(models, args, say)
     with models.use("vae", "decode"):  # once for all
         for path, latents, record in results:
             write_video(make_frames(models, latents, progress=not args.quiet), path, args.fps)

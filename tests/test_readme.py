@@ -327,7 +327,8 @@ def test_every_flag_is_in_the_help_of_its_program(capsys):
 
 def test_the_sampling_commands_of_the_readme_run(tmp_path, monkeypatch):
     """All of them, one after the other in a new folder, in fewer steps; a hub id is not fetched."""
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    for folder in ("tests", "checkpoints"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
     frames, write_video = {}, sample.write_video
 

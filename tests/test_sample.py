@@ -12,6 +12,7 @@ import torch
 from conftest import GOLDENS, assert_close, expected
 from PIL import Image
 
+import sample
 from data import write_video
 from sample import Request, choose_size, generate, legal_num_frames, load_models, native_size, prepare
 
@@ -267,3 +268,72 @@ def test_sampling_leaves_training_possible():
     noisy, text = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 226, 16)
     dit(noisy, 3, text, torch.zeros(1, 17, 2, 4, 6)).square().mean().backward()
     assert dit.proj_out.weight.grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------- longer than the model
+
+
+def test_segments_fill_any_length_and_always_overlap():
+    for num_frames in range(17, 400, 4):
+        shared = sample.segments(num_frames, 17)
+        assert shared[0] == 0 and all(sample.OVERLAP <= n < 17 and n % 4 == 1 for n in shared[1:])
+        assert sum(17 - n for n in shared) == num_frames
+
+
+def test_a_long_video_gives_each_segment_the_last_frames_of_the_one_before(monkeypatch):
+    """Exactly num_frames frames; known frames are passed as they are, the end picture to the last alone."""
+    models, requests, plain = sample.load_models(GOLDENS / "fun-2b-inp", keep=True), [], sample.generate
+    length = sample.native_size(models.transformer_config)[2]
+
+    def watched(*args, **settings):
+        frames = plain(*args, **settings)
+        requests.append((settings, frames))
+        return frames
+
+    monkeypatch.setattr(sample, "generate", watched)
+    start, end = (np.full((32, 48, 3), level, np.uint8) for level in (200, 20))
+    chunks = sample.generate_long(
+        models, "a cat", 2 * length, image=start, end_image=end, num_steps=1, seed=3
+    )
+    with pytest.raises(ValueError, match="4k\\+1"):
+        list(chunks)
+    num_frames = 2 * length - 1
+    video = np.concatenate(
+        list(
+            sample.generate_long(models, "a cat", num_frames, image=start, end_image=end, num_steps=1, seed=3)
+        )
+    )
+    assert video.shape == (num_frames, 32, 48, 3)
+    shared = sample.segments(num_frames, length)
+    assert len(requests) == len(shared) == 3
+    assert requests[0][0]["image"] is start and requests[0][0]["end_image"] is None
+    for n, (_, before), (settings, _) in zip(shared[1:], requests, requests[1:]):
+        assert np.array_equal(settings["video"][:n], before[-n:])
+        assert not settings["mask"][:n].any() and settings["mask"][n:-1].all()
+    assert requests[1][0]["mask"][-1].all() and not requests[2][0]["mask"][-1].any()
+    assert (requests[2][0]["video"][-1] == 20).all()
+    assert len({settings["seed"] for settings, _ in requests}) == 3
+
+
+def test_the_command_line_makes_long_videos_of_inpaint_models_only(tmp_path, capsys):
+    options = [
+        "a cat",
+        "--num-steps",
+        "1",
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--num-frames",
+        "25",
+        "--seed",
+        "1",
+    ]
+    out = tmp_path / "long.mp4"
+    assert sample.main([*options, "--model", str(GOLDENS / "fun-2b-inp"), "--out", str(out)]) == 0
+    assert len(sample.read_video(out, 100)) == 25
+    assert "25 frames in" in capsys.readouterr().out and out.with_suffix(".json").exists()
+    assert sample.main([*options, "--model", str(GOLDENS / "fun-2b-control"), "--out", str(out)]) == 2
+    clip = ["--video", str(out), "--strength", "0.5"]
+    assert sample.main([*options, *clip, "--model", str(GOLDENS / "fun-2b-inp"), "--out", str(tmp_path)]) == 2
+    assert "takes no video" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+"""The shipped tiny model, checkpoints/tiny: complete, small, the default of sample.py, and no noise."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sample
+from shapes import HELD_OUT, WORDS, read_attributes
+
+TINY = Path(__file__).parents[1] / "checkpoints" / "tiny"
+PROMPT = "a red circle moves left on a black background"  # held out of training
+
+
+def test_it_is_small_and_says_where_it_comes_from():
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < 40e6
+    origin = json.loads((TINY / "training.json").read_text())
+    assert {"commit", "commands", "seed", "machine", "evaluation"} <= origin.keys()
+    assert ("red", "circle", "moves left", "black") in HELD_OUT
+
+
+def test_the_default_model_shows_the_color_and_ground_asked_for(tmp_path):
+    out = tmp_path / "clip.mp4"
+    assert sample.main([PROMPT, "--seed", "1", "--num-steps", "20", "--out", str(out), "--quiet"]) == 0
+    found = read_attributes(sample.read_video(out, 17))
+    assert found["color"] == "red" and found["background"] == "black"
+    assert len(found["areas"]) == 17
+
+
+def test_words_it_does_not_know_are_named_with_those_it_knows(tmp_path, capsys):
+    prompt = "a red panda moves left"
+    assert sample.main([prompt, "--num-steps", "1", "--num-frames", "1", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "does not know: panda" in said and all(word in said for word in WORDS)
+    assert sample.main([PROMPT, "--num-steps", "1", "--num-frames", "1", "--out", str(tmp_path)]) == 0
+    assert "does not know" not in capsys.readouterr().out
+
+
+def test_without_it_one_line_says_what_to_give(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "TINY", tmp_path / "none")
+    assert sample.main(["a red circle"]) == 2
+    assert "give --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 96)])
+def test_it_makes_other_sizes(size, tmp_path):
+    models = sample.load_models(TINY)
+    frames = sample.generate(models, PROMPT, height=size[0], width=size[1], num_frames=5, num_steps=1, seed=0)
+    assert frames.shape == (5, *size, 3)
