@@ -517,6 +517,7 @@ def generate(models: Models, prompt: str, output: str = "frames", progress: bool
 
 # ---------------------------------------------------------------- longer than the model
 
+MOST_FRAMES = 16385
 OVERLAP = 5  # frames that a segment of a long video is given of the one before: two latent frames
 
 
@@ -524,7 +525,12 @@ def segments(num_frames: int, length: int, overlap: int = OVERLAP) -> list[int]:
     """How many frames each segment shares with the one before, for num_frames in segments of `length`.
 
     The first shares none; the last as many as are needed to fill it.
+    raises ValueError unless num_frames is 4k+1 and at most 16385, more than half an hour
     """
+    if num_frames % 4 != 1:
+        raise ValueError(f"num_frames={num_frames}; the VAE needs 4k+1, try {num_frames // 4 * 4 + 1}")
+    if num_frames > MOST_FRAMES:
+        raise ValueError(f"num_frames={num_frames} is very long; the most is {MOST_FRAMES}")
     shared, done = [0], length
     while done < num_frames:
         new = min(length - overlap, num_frames - done)
@@ -547,8 +553,6 @@ def generate_long(
     if given:
         raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no "
                          f"{min(given)}; leave it out, or make {length} frames")  # fmt: skip
-    if num_frames % 4 != 1:
-        raise ValueError(f"num_frames={num_frames}; the VAE needs 4k+1, try {num_frames // 4 * 4 + 1}")
     images = {name: settings.pop(name, None) for name in ("image", "end_image")}
     seed = settings.pop("seed", None)
     seed = int.from_bytes(os.urandom(4)) if seed is None else seed

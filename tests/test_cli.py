@@ -363,7 +363,7 @@ PICTURE, CLIP = ["--image", "../media/picture.png"], ["--video", "../media/clip.
     [
         (TEXT, "--num-frames 48", ["num_frames=48", "4k+1", "49 (or 45)"]),
         (INPAINT, "--num-frames 0", ["num_frames=0", "try 5 (or 1)"]),
-        (INPAINT, "--num-frames 17", ["num_frames=17", "the most is 13"]),
+        (INPAINT, "--num-frames 18", ["num_frames=18", "try 17"]),
         (CONTROL, "--control-video ../media/clip.mp4 --num-frames 17", ["the most is 13"]),
         (ROPE, "--num-frames 99999999997", ["num_frames=99999999997", "the most is 16385"]),
         (V15, "--num-frames 9", ["num_frames=9", "pairs", "try 5 (or 13)"]),
