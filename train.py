@@ -183,7 +183,8 @@ def join_ranks() -> dist.Store | None:
     if NUM_RANKS == 1:
         return None
     store, rank, num_ranks = next(dist.rendezvous("env://"))
-    dist.init_process_group(store=store, rank=rank, world_size=num_ranks)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
     return store
 
 
@@ -911,7 +912,8 @@ class Run:
             f"training {', '.join(self.learner.modules)}: {size / 1e6:.2f} M parameters on {task.device} in "
             f"{str(task.dtype)[6:]} -> {self.out}\n"
             f"{len(self.records)} samples; a step is {phase.global_batch // self.config.batch_size} "
-            f"micro-batches of up to {plan.batch_tokens} video tokens, x {draws} draws\n"
+            f"micro-batches of up to {plan.batch_tokens} video tokens, x {draws} draws, on {NUM_RANKS} "
+            f"rank{'s' * (NUM_RANKS > 1)}\n"
             f"{phase.num_steps} steps at resolutions {', '.join(map(str, phase.resolutions))}, up to "
             f"{phase.max_tokens} tokens and {plan.max_frames} frames; the shapes of epoch {self.at.epoch}:\n"
             + data.bucket_table([batch for _, batch in self.batches(self.records, self.at.epoch)])
