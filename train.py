@@ -113,6 +113,7 @@ class Config:
     lora_rank: int | None = None  # learn thin matrices beside the transformer's, not its weights; see lora.py
     lora_alpha: float | None = None  # None: the rank
     kl_weight: float = 1e-5  # of --train vae
+    keep_encoder: bool = False  # only its decoder learns: transformers trained on its latents stay valid
     seed: int = 0
     num_shapes: int = 20_000  # clips in an epoch of --data shapes
     dit: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)  # if there is none yet
@@ -431,6 +432,8 @@ class Reconstruction:
     def __init__(self, config: Config, model_dir: Path, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self.dtype = config, device, dtype
         self.vae = VideoVAE.from_pretrained(model_dir, torch.float32, device)
+        self.vae.encoder.requires_grad_(not config.keep_encoder)
+        self.scaling_factor = self.vae.config.scaling_factor  # of the latents that are kept
         self.vae.config.scaling_factor = 1.0  # until it is measured, see `save`
 
     def plan(self, phase: Phase) -> Plan:
@@ -482,8 +485,10 @@ class Reconstruction:
 
     def save(self, folder: Path, _) -> None:
         """With a scaling factor that gives the latents of the held-out samples a standard deviation of 1."""
-        latents = torch.cat([self.encode(pixels).float().flatten() for pixels in self.held_out])
-        self.vae.config.scaling_factor = round(1 / latents.std().item(), 6)
+        if not self.config.keep_encoder:
+            latents = torch.cat([self.encode(pixels).float().flatten() for pixels in self.held_out])
+            self.scaling_factor = round(1 / latents.std().item(), 6)
+        self.vae.config.scaling_factor = self.scaling_factor
         self.vae.save_pretrained(folder)
         self.vae.config.scaling_factor = 1.0
 
@@ -1036,6 +1041,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--max-grad-norm", type=float)
     add("--ema-decay", type=float, help="0: none")
     add("--kl-weight", type=float)
+    add("--keep-encoder", action="store_true", default=None, help="--train vae: only the decoder learns")
     add("--lora-rank", type=int, help=f"learn LoRA of this rank: OUT/{LORA}, for sample.py --lora")
     add("--lora-alpha", type=float, help="how much it counts, as alpha/rank; the rank if not given")
     add("--in-channels", type=int, help="16, 32 or 33: grow the transformer's input")
@@ -1111,6 +1117,9 @@ def make_config(args: argparse.Namespace) -> Config:
             f"the {num} micro-batches of a step cannot be dealt to {NUM_RANKS} ranks; {remedy}",
         )
     is_dit = config.train == "dit"
+    remedy = "give --train vae and a --model, and leave out --from-scratch"
+    keeps = not is_dit and args.model and not args.from_scratch
+    check(keeps or not config.keep_encoder, f"--keep-encoder is for the VAE there is; {remedy}")
     check(is_dit or config.draws_per_clip == 1, "--draws-per-clip is for --train dit; leave it out")
     fits_lora = is_dit and not config.in_channels
     remedy = "leave out --train vae and --in-channels"
