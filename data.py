@@ -394,6 +394,7 @@ class Record:
     size: tuple[int, int]  # height, width
     read: Reader
     read_control: Reader | None = None
+    content: tuple[Path | str, ...] = ()  # files and words that decide what is read, see cache.py
 
 
 class Entry(NamedTuple):
@@ -514,7 +515,14 @@ def open_record(entry: Entry, fps: float) -> Record:
         return int((clip.seconds - 1 / clip.fps + MILLISECOND) * fps) + 1, clip.height, clip.width
 
     num_frames, *size = look(entry.path)
-    record = Record(str(entry.path), lambda _: entry.caption, num_frames, tuple(size), reader(entry.path))
+    record = Record(
+        str(entry.path),
+        lambda _: entry.caption,
+        num_frames,
+        tuple(size),
+        reader(entry.path),
+        content=(entry.path,) if entry.control is None else (entry.path, entry.control),
+    )
     if entry.control is None:
         return record
     num_frames = min(num_frames, look(entry.control)[0])
@@ -756,13 +764,25 @@ class Sample(NamedTuple):
     control: Tensor | None  # 3 f h w
 
 
-def load_sample(record: Record, bucket: Bucket, seed: int, epoch: int, index: int) -> Sample:
+def draw_start(record: Record, bucket: Bucket, seed: int, epoch: int, index: int) -> int:
+    """The frame of a record, counted at the rate we train at, with which a sample begins."""
+    return _integer(rng(seed, epoch, index, "start"), 0, record.num_frames - bucket.num_frames)
+
+
+def drops_caption(seed: int, epoch: int, index: int) -> bool:
+    return _chance(rng(seed, epoch, index, "caption"), CAPTION_DROP)
+
+
+def load_sample(
+    record: Record, bucket: Bucket, seed: int, epoch: int, index: int, start: int | None = None
+) -> Sample:
     """Decode and draw everything about one sample but noise and timestep, which the training step draws.
 
+    start: its first frame, in place of the draw
     raises ValueError or OSError if the file is damaged or shorter than its header says
     """
     num_frames, height, width = bucket
-    start = _integer(rng(seed, epoch, index, "start"), 0, record.num_frames - num_frames)
+    start = draw_start(record, bucket, seed, epoch, index) if start is None else start
 
     def take(read: Reader) -> Tensor:
         frames = read(start, num_frames, (height, width))
@@ -770,10 +790,9 @@ def load_sample(record: Record, bucket: Bucket, seed: int, epoch: int, index: in
             raise ValueError(f"{record.name} ends {num_frames - len(frames)} frames before its header says")
         return to_pixels(fit(frames, height, width))
 
-    is_dropped = _chance(rng(seed, epoch, index, "caption"), CAPTION_DROP)
     return Sample(
         pixels=take(record.read),
-        caption="" if is_dropped else record.caption(num_frames),
+        caption="" if drops_caption(seed, epoch, index) else record.caption(num_frames),
         mask=random_mask(rng(seed, epoch, index, "mask"), num_frames, height, width),
         zero_if_all_masked=_chance(rng(seed, epoch, index, "text only"), TEXT_ONLY),
         control=take(record.read_control) if record.read_control else None,
@@ -795,8 +814,11 @@ class Loader:
         num_workers: int = 4,
         max_failures: float = 0.05,
         say: Callable[[str], None] = print,
+        read: Callable = load_sample,  # in threads
+        join: Callable | None = None,  # the samples of a batch; default `collate`
     ):
         self.records, self.seed, self.num_workers, self.say = records, seed, num_workers, say
+        self.read, self.join = read, join or collate
         self.num_files = len(records) + len(failures)
         self.max_failures = max(1, int(max_failures * self.num_files))
         self.failures: dict[str, str] = {}
@@ -819,7 +841,7 @@ class Loader:
             record = self.records[(index + step) % len(self.records)]
             try:  # whether it failed before or not: a resumed run would not know
                 if record.num_frames >= bucket.num_frames:
-                    return load_sample(record, bucket, self.seed, epoch, index)
+                    return self.read(record, bucket, self.seed, epoch, index)
             except (ValueError, OSError) as error:
                 self.note_failure(record.name, str(error))
         raise ValueError(f"no file that can be read has {bucket.num_frames} frames")
@@ -837,7 +859,7 @@ class Loader:
                     if not queue:
                         return
                     epoch, batch, jobs = queue.popleft()
-                    yield epoch, batch, collate([job.result() for job in jobs])
+                    yield epoch, batch, self.join([job.result() for job in jobs])
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 

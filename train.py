@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -58,7 +59,7 @@ from diffusion import NUM_TIMESTEPS, Schedule
 from sample import NUM_RANKS, RANK
 from text_encoder import T5Config, T5Encoder, Tokenizer
 from transformer import TransformerConfig, VideoTransformer, grow_input_channels, max_num_frames, model_kind
-from vae import VAEConfig, VideoVAE, inpaint_condition
+from vae import VAEConfig, VideoVAE, hide, join_condition, resize_mask, sample_posterior
 
 Key = tuple[int, int, int]  # (seed, epoch, sample index): what every draw is a function of
 VALIDATION_EPOCH = -1  # so that validation never shares a draw with training
@@ -112,6 +113,9 @@ class Config:
     in_channels: int | None = None  # of the transformer, grown with zeros; None: as it is
     lora_rank: int | None = None  # learn thin matrices beside the transformer's, not its weights; see lora.py
     lora_alpha: float | None = None  # None: the rank
+    cached_draws: int = (
+        0  # masks and their like of a clip that epochs take in turn, see cache.py; 0: new ones
+    )
     kl_weight: float = 1e-5  # of --train vae
     keep_encoder: bool = False  # only its decoder learns: transformers trained on its latents stay valid
     seed: int = 0
@@ -328,10 +332,22 @@ class Denoising:
         is_legal = self.dit.position or not config.position
         check(is_legal, f"--position {config.position}: this model has rotary positions")
         self.dit.position = config.position or self.dit.position
-        self.vae = VideoVAE.from_pretrained(model_dir, dtype, device).requires_grad_(False)
-        self.t5 = T5Encoder.from_pretrained(model_dir, torch.float32, device)
+        self.model_dir, self.train_text = model_dir, False
+        self.vae_config = checkpoint.read_config(
+            VAEConfig, checkpoint.component_dir(model_dir, "vae") / "config.json"
+        )
         self.tokenizer = Tokenizer.from_pretrained(model_dir)
         self.schedule = Schedule.from_pretrained(model_dir)
+
+    # Both are loaded when they are needed first: with a full cache never.
+    @functools.cached_property
+    def vae(self) -> VideoVAE:
+        return VideoVAE.from_pretrained(self.model_dir, self.dtype, self.device).requires_grad_(False)
+
+    @functools.cached_property
+    def t5(self) -> T5Encoder:
+        dtype = torch.float32 if self.train_text else self.dtype
+        return T5Encoder.from_pretrained(self.model_dir, dtype, self.device).requires_grad_(self.train_text)
 
     def plan(self, phase: Phase) -> Plan:
         """What a phase asks of the data."""
@@ -344,7 +360,8 @@ class Denoising:
     def begin(self, phase: Phase, held_out: list[tuple[Sample, list[Key]]]) -> dict[str, nn.Module]:
         """What learns in a phase, by component; held-out samples are encoded once, as the VAE is fixed."""
         self.train_text = phase.train_text
-        self.t5.to(torch.float32 if phase.train_text else self.dtype).requires_grad_(phase.train_text)
+        if "t5" in vars(self):
+            self.t5.to(torch.float32 if phase.train_text else self.dtype).requires_grad_(phase.train_text)
         self.held_out = [(self.encode(batch, keys), batch.caption, keys) for batch, keys in held_out]
         return {"transformer": self.dit} | ({"text_encoder": self.t5} if phase.train_text else {})
 
@@ -352,44 +369,79 @@ class Denoising:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
+    def clip_moments(self, batch: Sample) -> dict[str, Tensor]:
+        """Posteriors of the clips (and controls) as b 32 f' h' w', means and then log-variances."""
+        clips = {"latents": batch.pixels, "control": batch.control if self.kind == "control" else None}
+        return {
+            name: torch.cat(self.vae.moments(clip.to(self.device)), dim=1)
+            for name, clip in clips.items()
+            if clip is not None
+        }
+
+    @torch.no_grad()
+    def condition_moments(self, batch: Sample, keys: list[Key]) -> dict[str, Tensor]:
+        """The same of what an inpaint model is shown, beside the mask: known b 1 f' h' w', zero b."""
+        if self.kind != "inpaint":
+            return {}
+        pixels = batch.pixels.to(self.device)
+        if self.dit.config.add_noise_in_inpaint_model:
+            noise = normal(pixels.shape[1:], keys, "reference noise", self.device)
+            sigmas = [data.draw_noise_sigma(rng(*key, "reference sigma")) for key in keys]
+            sigma = pixels.new_tensor(sigmas).view(-1, 1, 1, 1, 1)
+            pixels = data.add_reference_noise(pixels, sigma, noise)
+        chances = torch.cat([torch.rand(1, generator=rng(*key, "mask dropped")) for key in keys])
+        dropped = chances < self.config.text_only
+        mask = (batch.mask | dropped[:, None, None, None])[:, None].to(pixels)
+        hidden, zero = hide(pixels, mask, (batch.zero_if_all_masked | dropped).to(self.device))
+        moments = torch.cat(self.vae.moments(hidden), dim=1)
+        return {"masked": moments, "known": resize_mask(1 - mask, moments.shape[2:]), "zero": zero}
+
+    def text(self, captions: list[str]) -> Tensor:
+        """b L d"""
+        ids = self.tokenizer(captions, self.dit.config.max_text_seq_length).to(self.device)
+        with self.autocast(), torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
+            return self.t5(ids)
+
     def encode(self, batch: Sample, keys: list[Key]) -> tuple[Tensor, Tensor | None]:
-        """(clean latents b 16 f h w, condition b c f h w or None), both fp32, from pixels and masks."""
+        """(clean latents b 16 f h w, condition b c f h w or None), both fp32, sampled from the posteriors.
 
-        def draws(purpose: str) -> list[torch.Generator]:
-            return generators(keys, purpose, self.device)
+        batch: pixels and masks, or a `cache.Moments` with the moments found for them before
+        """
 
-        pixels, condition = batch.pixels.to(self.device), None
-        latents = self.vae.encode(pixels, draws("posterior")).float()
+        def latents(name: str, purpose: str) -> Tensor:
+            mean, logvar = moments[name].chunk(2, dim=1)
+            noise = normal(mean.shape[1:], keys, purpose, self.device)
+            return sample_posterior(mean, logvar, noise, self.vae_config)
+
+        if isinstance(batch, Sample):
+            moments = self.clip_moments(batch) | self.condition_moments(batch, keys)
+        else:
+            moments = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
+        clean, condition = latents("latents", "posterior").float(), None
         if self.kind == "control":
-            control = batch.control.to(self.device)
-            condition = self.vae.encode(control, draws("control posterior")).float()
+            condition = latents("control", "control posterior").float()
         if self.kind == "inpaint":
-            if self.dit.config.add_noise_in_inpaint_model:
-                noise = normal(pixels.shape[1:], keys, "reference noise", self.device)
-                sigmas = [data.draw_noise_sigma(rng(*key, "reference sigma")) for key in keys]
-                sigma = pixels.new_tensor(sigmas).view(-1, 1, 1, 1, 1)
-                pixels = data.add_reference_noise(pixels, sigma, noise)
-            chances = torch.cat([torch.rand(1, generator=rng(*key, "mask dropped")) for key in keys])
-            dropped = chances < self.config.text_only
-            mask = (batch.mask | dropped[:, None, None, None])[:, None].to(self.device)
-            zero = batch.zero_if_all_masked | dropped
-            condition = inpaint_condition(self.vae, pixels, mask, draws("masked posterior"), zero).float()
-        return latents, condition
+            masked = latents("masked", "masked posterior")
+            condition = join_condition(masked, moments["known"], moments["zero"], self.vae_config).float()
+        return clean, condition
 
     def losses(self, batch: Sample, keys: list[Key], timesteps: Tensor) -> Tensor:
         """One loss for each timestep; there are draws_per_clip of them for each sample."""
         return self.predict(self.encode(batch, keys), batch.caption, keys, timesteps)
 
-    def predict(self, encoded: tuple, captions: list[str], keys: list[Key], timesteps: Tensor) -> Tensor:
-        """`denoising_losses` of encoded samples, each with as many noises as it has timesteps."""
+    def predict(
+        self, encoded: tuple, captions: list[str] | Tensor, keys: list[Key], timesteps: Tensor
+    ) -> Tensor:
+        """`denoising_losses` of encoded samples, each with as many noises as it has timesteps.
+
+        captions: words, or what T5 made of them, b L d
+        """
         draws = len(timesteps) // len(keys)
-        ids = self.tokenizer(captions, self.dit.config.max_text_seq_length).to(self.device)
+        text = (self.text(captions) if isinstance(captions, list) else captions.to(self.device)).float()
+        inputs = [x if x is None else x.repeat_interleave(draws, 0) for x in (*encoded, text)]
+        latents, condition, text = inputs
+        noise = normal(latents.shape[1:], repeated(keys, draws), "noise", self.device)
         with self.autocast():
-            with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
-                text = self.t5(ids).float()
-            inputs = [x if x is None else x.repeat_interleave(draws, 0) for x in (*encoded, text)]
-            latents, condition, text = inputs
-            noise = normal(latents.shape[1:], repeated(keys, draws), "noise", self.device)
             return denoising_losses(self.dit, self.schedule, latents, noise, timesteps, text, condition)
 
     @torch.no_grad()
@@ -401,17 +453,19 @@ class Denoising:
             bands[f"val_loss_{t}"] = torch.cat(losses).mean().item()
         return {"val_loss": sum(bands.values()) / len(bands), **bands}
 
-    def preview(self, model_dir: Path, path: Path, batch: Sample, num_steps: int) -> None:
-        """Make the first sample of a batch from its caption (and control), as gif and as png strip."""
-        models = sample.Models(model_dir, torch.float32, self.device, keep=True)
+    def preview(self, model_dir: Path, path: Path, shown: Sample, num_steps: int) -> None:
+        """Make a sample from its caption (and control), as gif and as png strip."""
+        models = sample.Models(model_dir, self.dtype, self.device)
         models.transformer_config, models.kind = self.dit.config, self.kind
-        models.loaded = {"transformer": self.dit, "vae": self.vae, "text_encoder": self.t5}
-        _, f, height, width = batch.pixels[0].shape
+        there = {"text_encoder": "t5", "vae": "vae"}
+        there = {name: vars(self)[attribute] for name, attribute in there.items() if attribute in vars(self)}
+        models.loaded = {"transformer": self.dit, **there}  # what a cache made needless comes and goes
+        _, f, height, width = shown.pixels.shape
         settings = {"num_frames": f, "height": height, "width": width, "num_steps": num_steps, "seed": 0}
         if self.kind == "control":
-            settings["control_video"] = to_uint8(batch.control[0])
+            settings["control_video"] = to_uint8(shown.control)
         with self.autocast():
-            frames = sample.generate(models, batch.caption[0], **settings)
+            frames = sample.generate(models, shown.caption, **settings)
         write_clip(frames, path, self.config.fps)
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
@@ -477,9 +531,9 @@ class Reconstruction:
         by_size = {"psnr": sum(by_size.values(), []), **dict(sorted(by_size.items()))}
         return {size: sum(values) / len(values) for size, values in by_size.items()}
 
-    def preview(self, model_dir: Path, path: Path, batch: Sample, num_steps: int) -> None:
-        """The first sample of a batch above its reconstruction."""
-        pixels = batch.pixels[:1]
+    def preview(self, model_dir: Path, path: Path, shown: Sample, num_steps: int) -> None:
+        """A sample above its reconstruction."""
+        pixels = shown.pixels[None]
         both = torch.cat([pixels, self.reconstruct(pixels)], dim=3)
         write_clip(to_uint8(both[0]), path, self.config.fps)
 
@@ -772,7 +826,8 @@ def begin_or_resume(args: argparse.Namespace, config: Config, settings: dict) ->
 
 def shape_record(clip, name: str) -> Record:
     """A `shapes.Clip` as the loader takes it."""
-    return Record(name, clip.scene.caption, clip.num_frames, clip.size, clip.read)
+    content = (Path(inspect.getfile(type(clip))), repr(clip))
+    return Record(name, clip.scene.caption, clip.num_frames, clip.size, clip.read, content=content)
 
 
 def open_data(args: argparse.Namespace, config: Config) -> tuple[list[Record], list[Record], dict[str, str]]:
@@ -862,7 +917,7 @@ class Run:
         if RANK == 0:
             wait_for_ranks()
         kinds = {"dit": Denoising, "vae": Reconstruction}
-        self.task = kinds[config.train](config, self.resumed or self.out, device, dtype)
+        self.task = kinds[config.train](config, self.out, device, dtype)
         if config.train == "dit":
             self.task.dit.activation_checkpointing = args.activation_checkpointing
             for block in self.task.dit.transformer_blocks if args.compile else []:
@@ -890,10 +945,17 @@ class Run:
         """Held-out samples in the shapes of this phase, and what learns in it: resumed, or from the last."""
         self.phase = self.config.phases[self.at.phase]
         self.plan = self.task.plan(self.phase)
-        loader = Loader(self.held_out_records, self.config.seed, max_failures=1.0)
+        learns_text = [phase.train_text for phase in self.config.phases[self.at.phase :]]
+        if self.args.cache_latents:
+            from cache import LatentCache  # here, so that cache.py can be deleted
+
+            cache = LatentCache(self.args.cache_latents, self.task, with_text=not any(learns_text))
+            self.loader.read, self.loader.join = cache.read, cache.join
+        reading = {"read": self.loader.read, "join": self.loader.join}
+        loader = Loader(self.held_out_records, self.config.seed, max_failures=1.0, **reading)
         todo = self.batches(self.held_out_records, VALIDATION_EPOCH)  # the same crops and draws each time
-        self.held_out = [(samples, self.keys(*micro_batch)) for *micro_batch, samples in loader.batches(todo)]
-        before, self.learner = self.learner, Learner(self.task.begin(self.phase, self.held_out), self.config)
+        held_out = [(samples, self.keys(*micro_batch)) for *micro_batch, samples in loader.batches(todo)]
+        before, self.learner = self.learner, Learner(self.task.begin(self.phase, held_out), self.config)
         if before:
             self.learner.inherit(before)
         elif self.resumed:
@@ -958,11 +1020,14 @@ class Run:
             draw_curve(self.log_file, self.out / "loss.png")
 
     def preview(self) -> None:
-        for i, (batch, _) in enumerate(self.held_out[: self.args.num_previews]):
+        loader = Loader(self.held_out_records, self.config.seed, max_failures=1.0)
+        batches = self.batches(self.held_out_records, VALIDATION_EPOCH)
+        for i, (epoch, batch) in enumerate(batches[: self.args.num_previews]):
+            shown = loader.load(batch.bucket, epoch, batch.indices[0])
             path = self.out / "previews" / f"step-{self.at.total_steps:06d}-{i}"
             with self.learner.averaged():
-                self.task.preview(self.out, path, batch, self.args.preview_steps)
-            say(f"{path}.gif and .png: {batch.caption[0]}")
+                self.task.preview(self.out, path, shown, self.args.preview_steps)
+            say(f"{path}.gif and .png: {shown.caption}")
 
     def save(self) -> None:
         """A checkpoint: folders like those of --model with EMA weights, and training/ with all else."""
@@ -1053,6 +1118,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add = parser.add_argument_group("without influence on the numbers").add_argument
     add("--device", help="default: the best there is")
     add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--cache-latents", type=Path, metavar="DIR", help="keep what VAE and T5 say of the data")
     add("--compile", action="store_true", help="compile the transformer's blocks")
     add("--num-workers", type=int, default=4, help="threads that load data")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
@@ -1117,6 +1183,8 @@ def make_config(args: argparse.Namespace) -> Config:
             f"the {num} micro-batches of a step cannot be dealt to {NUM_RANKS} ranks; {remedy}",
         )
     is_dit = config.train == "dit"
+    check(is_dit or not args.cache_latents, "--cache-latents is for --train dit; leave it out")
+    config = replace(config, cached_draws=4 if args.cache_latents else 0)
     remedy = "give --train vae and a --model, and leave out --from-scratch"
     keeps = not is_dit and args.model and not args.from_scratch
     check(keeps or not config.keep_encoder, f"--keep-encoder is for the VAE there is; {remedy}")

@@ -548,9 +548,7 @@ class VideoVAE(nn.Module):
 
     def posterior(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
         """Scaled latents from moments: the mode, or the sample mean + std · noise where noise is given."""
-        if noise is not None:
-            mean = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise.to(mean)
-        return mean * self.config.scaling_factor
+        return sample_posterior(mean, logvar, noise, self.config)
 
     def encode(self, pixels: Tensor, generator: Draw | None = None, tiled: bool = False) -> Tensor:
         """pixels b 3 f h w in [-1, 1] -> scaled latents b 16 f' h' w'.
@@ -622,6 +620,13 @@ def resize_mask(mask: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return torch.cat([first, rest], dim=2)
 
 
+def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor | None, config: VAEConfig) -> Tensor:
+    """See `VideoVAE.posterior`; it needs no weights."""
+    if noise is not None:
+        mean = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise.to(mean)
+    return mean * config.scaling_factor
+
+
 def inpaint_condition(
     vae: VideoVAE,
     pixels: Tensor,
@@ -643,10 +648,20 @@ def inpaint_condition(
     if mask.shape != (b, 1, f, h, w):
         raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit pixels {tuple(pixels.shape)}; "
                          f"expected {(b, 1, f, h, w)}")  # fmt: skip
+    hidden, zero = hide(pixels, mask, zero_if_all_masked)
+    latents = vae.encode(hidden, generator)
+    return join_condition(latents, resize_mask(1 - mask.to(pixels), latents.shape[2:]), zero, vae.config)
+
+
+def hide(pixels: Tensor, mask: Tensor, zero_if_all_masked: bool | Tensor) -> tuple[Tensor, Tensor]:
+    """(pixels with -1, black, where mask is 1; which samples b get an all-zero condition)"""
     mask = mask.to(pixels)
     all_masked = (mask == 1).flatten(1).all(dim=1)
-    zero = torch.as_tensor(zero_if_all_masked, device=pixels.device).expand(b) & all_masked
-    latents = vae.encode(pixels * (1 - mask) - mask, generator)  # -1, black, where unknown
-    known = resize_mask(1 - mask, latents.shape[2:]) * vae.config.scaling_factor
-    condition = torch.cat([known.to(latents), latents], dim=1)
-    return condition * ~zero.to(condition.device)[:, None, None, None, None]
+    zero = torch.as_tensor(zero_if_all_masked, device=pixels.device).expand(len(pixels)) & all_masked
+    return pixels * (1 - mask) - mask, zero
+
+
+def join_condition(latents: Tensor, known: Tensor, zero: Tensor, config: VAEConfig) -> Tensor:
+    """The condition of masked-video latents b 16 f' h' w', known b 1 f' h' w' (1 = known) and zero b."""
+    known = (known * config.scaling_factor).to(latents)
+    return torch.cat([known, latents], dim=1) * ~zero.to(latents.device)[:, None, None, None, None]
