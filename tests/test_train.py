@@ -327,6 +327,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
         (["--lora-rank", 0], "lora-rank 0"),
         (["--lora-rank", 4, "--in-channels", 33], "--in-channels"),
         (["--train", "vae", "--draws-per-clip", 2], "--draws-per-clip"),
+        (["--keep-encoder"], "--keep-encoder"),
+        (["--train", "vae", "--from-scratch", "--keep-encoder"], "--from-scratch"),
         (["--ema-decay", 1], "--ema-decay 1"),
         (["--phase-steps", 0], "--phase-steps 0"),
         (["--phase-steps", 1, 2, 3, 4], "--phase-steps"),
@@ -418,6 +420,14 @@ def test_a_vae_learns_and_writes_the_scale_of_its_own_latents(tmp_path):
         1, abs=0.3
     )  # other clips than it was measured on
     assert (tmp_path / "transformer" / "config.json").exists()
+
+
+def test_a_decoder_learns_alone_and_latents_stay_what_they_were(tmp_path):
+    assert run(tmp_path, "--train", "vae", "--keep-encoder", "--num-steps", 2, "--ema-decay", 0) == 0
+    before, after = (VideoVAE.from_pretrained(folder) for folder in (INPAINT, tmp_path))
+    assert after.config.scaling_factor == before.config.scaling_factor
+    for name, weight in before.state_dict().items():
+        assert torch.equal(weight, after.state_dict()[name]) == name.startswith("encoder."), name
 
 
 def test_colours_count_more_where_the_target_is_colourful():
@@ -636,6 +646,6 @@ def test_the_tiny_transformer_asks_for_its_vae_first(tmp_path, monkeypatch, caps
 
 def test_the_optional_files_can_be_deleted(tmp_path):
     """They are imported where they are used, not before; so the preset knows the number of words by heart."""
-    code = "import sys; sys.modules['lora'] = sys.modules['shapes'] = None; import sample, train"
+    code = "import sys; sys.modules |= dict.fromkeys(['lora', 'shapes', 'cache']); import sample, train"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert train.TINY.t5.vocab_size == shapes.make_tokenizer().get_vocab_size()
