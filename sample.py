@@ -19,6 +19,7 @@ b batch · c channels · f frames · h w height, width (f' h' w' of latents) · 
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -90,6 +91,7 @@ class Models:
     ):
         self.model_dir, self.dtype, self.keep = Path(model_dir), dtype, keep
         self.device, self.loras = torch.device(device), list(loras)
+        self.spread = False  # True: all ranks compute each velocity together, see parallel.py
         config_file = component_dir(model_dir, "transformer") / "config.json"
         self.transformer_config = read_config(TransformerConfig, config_file)
         self.vae_config = read_config(VAEConfig, component_dir(model_dir, "vae") / "config.json")
@@ -163,6 +165,10 @@ class Models:
             from lora import load_lora
 
             load_lora(module, file, weight)
+        if self.spread and name == "transformer":
+            from parallel import spread
+
+            spread(module)
         return module
 
 
@@ -729,12 +735,26 @@ def agree(value: object) -> object:
     """What rank 0 says; no rank goes on before all are here."""
     if NUM_RANKS > 1:
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(backend)
         values = [value]
         torch.distributed.broadcast_object_list(values)
         torch.distributed.barrier()
         [value] = values
     return value
+
+
+def share(models: Models, jobs: list) -> list:
+    """This rank's part of the jobs; or all, if there are fewer than ranks: then all ranks work on each.
+
+    What they make together rank 0 alone writes: `writes`.
+    """
+    models.spread = len(jobs) < NUM_RANKS
+    return jobs if models.spread else jobs[RANK::NUM_RANKS]
+
+
+def writes(models: Models) -> bool:
+    return RANK == 0 or not models.spread
 
 
 # ---------------------------------------------------------------- command line
@@ -910,8 +930,12 @@ def run_long(models: Models, args: argparse.Namespace, say: Callable) -> None:
     overlaps = segments(args.num_frames, native_size(models.transformer_config)[2])
     say(f"{args.num_frames} frames in {len(overlaps)} segments, which share {str(overlaps[1:])[1:-1]} frames "
         f"with those before; seeds {str(seeds)[1:-1]}")  # fmt: skip
-    for (prompt, seed), path in list(zip(pairs, paths))[RANK::NUM_RANKS]:
-        chunks = generate_long(models, prompt, args.num_frames, not args.quiet, seed=seed, **settings)
+    for (prompt, seed), path in share(models, list(zip(pairs, paths))):
+        progress = not args.quiet and writes(models)
+        chunks = generate_long(models, prompt, args.num_frames, progress, seed=seed, **settings)
+        if not writes(models):
+            collections.deque(chunks, maxlen=0)  # makes them
+            continue
         write_video(chunks, path, args.fps)
         record = {"prompt": prompt, "seed": seed, "num_frames": args.num_frames, "overlaps": overlaps}
         record |= {"settings": {name: str(value) for name, value in settings.items()}, "fps": args.fps}
@@ -934,9 +958,12 @@ def sample_all(
     check_memory(needs, models.device)
     say(describe(models, jobs, needs))
     results, suffix = [], ".png" if jobs[0].num_frames == 1 else ".mp4"
-    paths = agree(output_paths(target, len(jobs), suffix))[RANK::NUM_RANKS]
-    jobs = jobs[RANK::NUM_RANKS]
-    for job, path, latents in zip(jobs, paths, make_latents(models, jobs, progress=not args.quiet)):
+    paths = agree(output_paths(target, len(jobs), suffix))
+    dealt = share(models, list(zip(jobs, paths)))
+    progress = not args.quiet and writes(models)
+    for (job, path), latents in zip(dealt, make_latents(models, [job for job, _ in dealt], progress)):
+        if not writes(models):
+            continue
         record = make_record(models, job, args.fps)
         tensors = {"latents": latents.cpu().contiguous()}
         save_tensors(tensors, path.with_suffix(".safetensors"), {"record": json.dumps(record)})

@@ -13,6 +13,8 @@ import pytest
 from conftest import GOLDENS
 from safetensors.torch import load_file
 
+import data
+import parallel
 import sample
 import train
 
@@ -23,6 +25,15 @@ SMALL += "--preview-steps 1 --num-workers 1 --lr 1e-4 --warmup-steps 1 --ema-dec
 SMALL += "--dtype float32 --device cpu".split()
 KINDS = {"dit": [], "vae": ["--train", "vae"], "lora": ["--lora-rank", "2", "--optimizer", "adamw"]}
 KINDS["blocks"] = ["--activation-checkpointing", "--optimizer", "adamw"]
+SAMPLES = {  # one video, which two ranks compute together
+    "sincos": ["a", "--model", str(GOLDENS / "fun-2b-inp"), "--num-frames", "5", "--guidance-scale", "1"],
+    "rotary": ["a", "--model", str(GOLDENS / "fun-5b-inp"), "--num-frames", "9"],
+    "long": ["a", "--model", str(GOLDENS / "fun-2b-inp"), "--num-frames", "17"],
+}
+SAMPLES = {
+    name: [*argv, *"--seed 1 --num-steps 2 --height 32 --width 48 --device cpu --quiet".split()]
+    for name, argv in SAMPLES.items()
+}
 FIVE, TWO, RESUME = ["--num-steps", "5"], ["--num-steps", "2"], ["--num-steps", "5", "--resume"]
 
 
@@ -42,7 +53,9 @@ def output(process: subprocess.Popen) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Folders of five steps each: one/KIND, two/KIND; two-one/dit, one-two/dit changed ranks after two."""
+    """Folders of five steps each: one/KIND, two/KIND; two-one/dit, one-two/dit changed ranks after two.
+
+    Videos: one/SAMPLE, two/SAMPLE."""
     top = tmp_path_factory.mktemp("runs")
 
     def argv(name: str, kind: str, options: list[str]) -> list[str]:
@@ -53,10 +66,14 @@ def runs(tmp_path_factory) -> Path:
     assert train.main(argv("one-two", "dit", TWO)) == 0
     on_two = [argv("two", kind, FIVE) for kind in KINDS]
     on_two += [argv("one-two", "dit", RESUME), argv("two-one", "dit", TWO)]
+    for name, options in SAMPLES.items():
+        assert sample.main([*options, "--out", str(top / "one" / name)]) == 0
+        on_two.append([*options, "--out", str(top / "two" / name)])
     process = torchrun(Path(__file__), json.dumps(on_two))
     said = output(process)
     assert process.returncode == 0, said
     assert said.count("step 5/5") == len(KINDS) + 1  # rank 0 alone speaks
+    assert said.count("ranks work together") == 2 * len(SAMPLES)
     assert train.main(argv("two-one", "dit", RESUME)) == 0
     return top
 
@@ -120,6 +137,17 @@ def test_an_error_on_one_rank_ends_all_and_is_said_once(tmp_path):
     assert 'train.py", line' not in said  # a traceback
 
 
+@pytest.mark.parametrize("name", SAMPLES)
+def test_two_ranks_make_one_video_together(runs, name):
+    one, two = ({path.suffix: path for path in (runs / ranks / name).iterdir()} for ranks in ("one", "two"))
+    assert one.keys() == two.keys() == {".mp4", ".json"} | (set() if name == "long" else {".safetensors"})
+    ours, theirs = (data.read_video(paths[".mp4"]).astype(int) for paths in (one, two))
+    assert ours.shape == theirs.shape and abs(ours - theirs).max() <= 2  # of 255, in a file that loses some
+    if name != "long":
+        ours, theirs = (load_file(paths[".safetensors"])["latents"] for paths in (one, two))
+        assert (ours - theirs).abs().max() < 1e-5
+
+
 def test_ranks_share_prompts_and_seeds(tmp_path):
     """The same files as one process writes, each made once."""
     options = ["a", "b", "--model", str(GOLDENS / "fun-2b-inp"), "--device", "cpu", "--seed", "1", "2"]
@@ -136,6 +164,21 @@ def test_ranks_share_prompts_and_seeds(tmp_path):
         assert (ours - theirs).abs().max() < 1e-5
 
 
+def spread_and_watch(dit) -> None:
+    """`parallel.spread`, and an error if a rank then works on more than its half of the tokens."""
+
+    def is_half(_, args: tuple) -> None:
+        assert args[0].shape[1] <= (num_tokens[-1] + 1) // 2, "a rank works on more than its part"
+
+    spread(dit)
+    num_tokens, block = [], dit.transformer_blocks[0]
+    block.register_forward_pre_hook(lambda _, args: num_tokens.append(args[0].shape[1]), prepend=True)
+    block.ff.register_forward_pre_hook(is_half)
+    print("ranks work together")
+
+
 if __name__ == "__main__":
+    spread, parallel.spread = parallel.spread, spread_and_watch
     for argv in json.loads(sys.argv[1]):
-        assert train.main(argv) == 0
+        program = train if argv[: len(SMALL)] == SMALL else sample
+        assert program.main(argv) == 0
