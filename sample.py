@@ -549,7 +549,8 @@ def generate_long(
     models: Models, prompt: str, num_frames: int, progress: bool = False, **settings
 ) -> Iterator[np.ndarray]:
     """A video of any length, in chunks uint8 f h w 3: segments of the model's own length, where each is given
-    the last frames of the one before as known frames of an inpaint model. Memory does not grow with it.
+    the last frames of the one before as known frames of an inpaint model, and fades in over them. Memory does
+    not grow with it.
 
     settings: as for `generate`, but what gives other frames than the first and last ones
     raises ValueError for other models and settings
@@ -575,8 +576,21 @@ def generate_long(
             if end is not None:
                 video[-1], mask[-1] = resize(read_image(end), height, width), 0
             request |= {"video": video, "mask": mask, "height": height, "width": width}
-        before = generate(models, prompt, progress=progress, **request)
-        yield before[shared:]
+        frames = generate(models, prompt, progress=progress, **request)
+        before = frames if before is None else fade(before, frames, shared)
+        kept_back = overlaps[i + 1] if i + 1 < len(overlaps) else 0  # the next segment fades in over them
+        yield before[: length - kept_back]
+
+
+def fade(before: np.ndarray, after: np.ndarray, shared: int) -> np.ndarray:
+    """`after`, its first frames, which `before` ends with as well, mixed with those: ever less of `before`.
+
+    What the VAE changes of known frames would else be seen as a jump. The reference's fade (predict_i2v.py)
+    begins with 0, 1/shared, 2/shared, …; these weights begin a frame earlier and so rise by less.
+    """
+    weights = np.arange(1, shared + 1, dtype=np.float32)[:, None, None, None] / (shared + 1)
+    mixed = before[-shared:] + weights * (after[:shared] - before[-shared:].astype(np.float32))
+    return np.concatenate([mixed.round().astype(np.uint8), after[shared:]])
 
 
 # ---------------------------------------------------------------- memory, and what is said before the start

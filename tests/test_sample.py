@@ -307,12 +307,21 @@ def test_a_long_video_gives_each_segment_the_last_frames_of_the_one_before(monke
     shared = sample.segments(num_frames, length)
     assert len(requests) == len(shared) == 3
     assert requests[0][0]["image"] is start and requests[0][0]["end_image"] is None
-    for n, (_, before), (settings, _) in zip(shared[1:], requests, requests[1:]):
+    before, done = requests[0][1], 0
+    for n, (settings, frames) in zip(shared[1:], requests[1:]):
         assert np.array_equal(settings["video"][:n], before[-n:])
         assert not settings["mask"][:n].any() and settings["mask"][n:-1].all()
+        assert np.array_equal(video[done : done + length - n], before[:-n])
+        before, done = sample.fade(before, frames, n), done + length - n
+    assert np.array_equal(video[done:], before)
     assert requests[1][0]["mask"][-1].all() and not requests[2][0]["mask"][-1].any()
     assert (requests[2][0]["video"][-1] == 20).all()
     assert len({settings["seed"] for settings, _ in requests}) == 3
+
+
+def test_a_segment_fades_in_over_the_frames_it_shares():
+    before, after = (np.full((6, 2, 2, 3), level, np.uint8) for level in (100, 0))
+    assert sample.fade(before, after, 5)[:, 0, 0, 0].tolist() == [83, 67, 50, 33, 17, 0]
 
 
 def test_the_command_line_makes_long_videos_of_inpaint_models_only(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sample
@@ -47,3 +48,14 @@ def test_it_makes_other_sizes(size, tmp_path):
     models = sample.load_models(TINY)
     frames = sample.generate(models, PROMPT, height=size[0], width=size[1], num_frames=5, num_steps=1, seed=0)
     assert frames.shape == (5, *size, 3)
+
+
+def test_the_seam_of_a_long_video_moves_no_more_than_the_rest_of_it():
+    """The mean change from frame to frame where a segment follows another, against the largest elsewhere."""
+    models, prompt = sample.load_models(TINY, keep=True), "a green triangle moves up on a gray background"
+    frames = np.concatenate(list(sample.generate_long(models, prompt, 29, num_steps=20, seed=1)))
+    changes = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
+    length, [_, shared] = 17, sample.segments(29, 17)
+    seam = slice(length - shared - 1, length)  # the shared frames and both of their neighbours
+    assert changes[seam].max() < np.delete(changes, seam).max()
+    assert changes[seam].mean() < np.delete(changes, seam).mean()
