@@ -14,6 +14,7 @@ has changed is therefore made anew, under another name; old entries stay until D
 written whole or not at all, with a checksum; one that is damaged is made anew.
 """
 
+import contextlib
 import functools
 import hashlib
 from pathlib import Path
@@ -114,7 +115,8 @@ class LatentCache:
         except (ValueError, OSError):
             pass
         print(f"{self.path(key)} is damaged; it is made anew", flush=True)
-        self.path(key).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be changed; `keep` says so
+            self.path(key).unlink(missing_ok=True)
         return None
 
     def keep(self, key: str, entry: dict[str, Tensor]) -> None:

@@ -198,6 +198,34 @@ def test_damaged_entries_are_made_anew(tmp_path, clips, capsys):
     assert {path: path.read_bytes() for path in files(folder)} == whole
 
 
+def test_a_cache_that_cannot_be_changed_is_still_read(tmp_path, clips, monkeypatch, capsys):
+    """Neither a damaged entry there nor a folder where an entry should be is taken for a broken clip."""
+    folder = tmp_path / "cache"
+    options = ["--data", clips, "--cache-latents", folder, *OPTIONS, "--phase", 2]
+    assert run(tmp_path / "filling", *options) == 0
+    damaged, folded, *_ = files(folder)
+    damaged.write_bytes(b"")
+    folded.unlink()
+    folded.mkdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    replace, unlink = os.replace, Path.unlink
+
+    def refused(function, path: Path, *args, **settings):
+        if folder in Path(path).parents and not Path(path).name.endswith(".tmp.safetensors"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return function(path, *args, **settings)
+
+    monkeypatch.setattr(Path, "unlink", lambda path, **settings: refused(unlink, path, **settings))
+    monkeypatch.setattr(os, "replace", lambda path, to: refused(lambda to, path: replace(path, to), to, path))
+    capsys.readouterr()
+    assert run(tmp_path / "again", *options) == 0
+    said = capsys.readouterr().out
+    assert f"{damaged} is damaged" in said and "skipped" not in said
+    assert said.count("going on without what does not fit") == 1
+    assert entries(tmp_path / "again") == entries(tmp_path / "filling")
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
 def test_an_interrupted_run_keeps_what_it_has_made(tmp_path, clips, monkeypatch):
     folder = tmp_path / "cache"
     options = ["--data", clips, "--cache-latents", folder, *OPTIONS, "--phase", 2]
