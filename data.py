@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -919,7 +920,7 @@ def _look_through(path: Path, num_frames: int, fps: float) -> tuple[int, float, 
             gaps.append(1000 * (end - seconds))
             missing = num_frames - math.ceil(until * fps)
             num_damaged += frame.is_corrupt
-            is_flat = is_flat and _is_flat(frame.reformat(64, 64, "gray").to_ndarray())
+            is_flat = is_flat and _is_flat(frame.reformat(64, 64, "rgb24").to_ndarray())
     if len(sizes) > 1:
         raise ValueError(f"{path} changes its size on the way ({', '.join(sorted(sizes))}); encode it anew")
     if missing > 0:
@@ -931,7 +932,9 @@ def _look_through(path: Path, num_frames: int, fps: float) -> tuple[int, float, 
 
 
 def _is_flat(pixels: np.ndarray) -> bool:
-    return int(np.ptp(pixels)) < 16
+    return (
+        int(np.ptp(pixels, axis=(0, 1)).max()) < 16
+    )  # in each colour: grey alone would not tell red from blue
 
 
 def _as_text(file: dict) -> str:
@@ -980,12 +983,15 @@ def main(argv: list[str] | None = None) -> int:
             pool.shutdown(cancel_futures=True)  # or control-c would wait for all of them
     num_lost, num_odd = (sum(bool(file[key]) for file in files) for key in ("lost", "odd"))
     counts = {"samples": len(files), "lost": num_lost, "odd": num_odd, "mistakes": len(mistakes)}
-    if args.json:
-        print(json.dumps(counts | {"mistakes": mistakes, "files": files}, indent=2))
-    else:
-        lines = [*map(_as_text, files), *(f"{args.meta}: {mistake}" for mistake in mistakes)]
-        lines.append(", ".join(f"{name}: {count}" for name, count in counts.items()))
-        print("\n".join(lines).encode(errors="backslashreplace").decode())
+    lines = [*map(_as_text, files), *(f"{args.meta}: {mistake}" for mistake in mistakes)]
+    lines.append(", ".join(f"{name}: {count}" for name, count in counts.items()))
+    as_json = json.dumps(counts | {"mistakes": mistakes, "files": files}, indent=2)
+    try:
+        print(
+            as_json if args.json else "\n".join(lines).encode(errors="backslashreplace").decode(), flush=True
+        )
+    except BrokenPipeError:  # a reader such as head has seen enough; nothing is left to be said at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(bool(num_lost or mistakes))
 
 

@@ -1,7 +1,10 @@
 """data.py against the reference's prepared pictures, and against real clips encoded here."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -867,6 +870,29 @@ def test_what_is_odd_is_named_and_lost_by_nobody(tmp_path, capsys):
     for name, note in {**odd, "silent.mp4": "no caption"}.items():
         assert note in files[name], (name, files[name])
     assert files["silent.mp4"] == ["no caption"]
+
+
+def test_flat_is_what_has_one_colour_whatever_its_grey(tmp_path, capsys):
+    """A red field beside a blue one of the same grey is none, a red field alone is one."""
+    red, blue = ((220, 30, 30), (40, 100, 150))
+    one, two = np.full((9, 64, 64, 3), red, np.uint8), np.full((9, 64, 64, 3), red, np.uint8)
+    two[:, :, :32] = blue
+    for name, frames in (("one", one), ("two", two)):
+        data.write_video(frames, tmp_path / f"{name}.mp4", fps=8)
+        Image.fromarray(frames[0]).save(tmp_path / f"{name}.png")
+    meta = write_metadata(tmp_path, "one.mp4", "two.mp4", "one.png", "two.png")
+    files = json.loads(check(capsys, meta, *SMALL, "--json")[1])["files"]
+    assert [file["odd"] for file in files] == [["one flat colour"], []] * 2
+
+
+def test_a_report_that_is_cut_short_by_its_reader_is_no_error(tmp_path):
+    Image.fromarray(colourful()[0]).save(tmp_path / "a.png")
+    command = [sys.executable, data.__file__, "check", str(write_metadata(tmp_path, "a.png")), "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (process.returncode, process.stderr.count("Error")) == (0, 0), process.stderr
 
 
 def test_control_clips_are_checked_as_well(tmp_path, capsys):
