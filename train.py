@@ -332,6 +332,11 @@ class Denoising:
         is_legal = self.dit.position or not config.position
         check(is_legal, f"--position {config.position}: this model has rotary positions")
         self.dit.position = config.position or self.dit.position
+        if not self.dit.config.use_rotary_positional_embeddings:
+            # What all k have in common the softmax does not see: its gradient is nothing but rounding, which
+            # AdamW would enlarge to whole steps, other ones with each number of ranks.
+            for block in self.dit.transformer_blocks:
+                block.attn1.norm_k.bias.requires_grad_(False)
         self.model_dir, self.train_text = model_dir, False
         self.vae_config = checkpoint.read_config(
             VAEConfig, checkpoint.component_dir(model_dir, "vae") / "config.json"
