@@ -1000,8 +1000,12 @@ class Run:
     def log(self, entry: dict, line: str) -> None:
         if RANK > 0:
             return
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            remedy = "make room and --resume"
+            raise OSError(f"cannot write {self.log_file} ({error.strerror}); {remedy}") from None
         print(line, flush=True)
 
     def log_step(self, micro_batches: list, seconds: float, waited: float, **numbers: float) -> None:
@@ -1197,6 +1201,8 @@ def make_config(args: argparse.Namespace) -> Config:
     fits_lora = is_dit and not config.in_channels
     remedy = "leave out --train vae and --in-channels"
     check(fits_lora or not config.lora_rank, f"--lora-rank fine-tunes a transformer as it is; {remedy}")
+    has_rank = config.lora_rank or config.lora_alpha is None
+    check(has_rank, f"--lora-alpha {config.lora_alpha} needs --lora-rank; give it, or leave both out")
     return replace(config, phases=tuple(phases))
 
 
@@ -1288,6 +1294,9 @@ def main(argv: list[str] | None = None) -> int:
             error = f"out of memory; {remedy}"
         elif isinstance(error, KeyboardInterrupt):
             error = "interrupted; the last checkpoint can be resumed"
+        elif isinstance(error, OSError) and error.errno is not None:
+            reason = f"{error.filename or 'a file'}: {error.strerror}"
+            error = f"{reason}; is the path right, and is there room on the disk?"
         elif not isinstance(error, (ValueError, OSError)):
             raise
         print(f"train.py: error: {error}", file=sys.stderr)

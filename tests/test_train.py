@@ -325,6 +325,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
         (["--resolutions", 40], "multiple of 16"),
         (["--phase", 4], "--phase 4"),
         (["--lora-rank", 0], "lora-rank 0"),
+        (["--lora-alpha", 3], "needs --lora-rank"),
         (["--lora-rank", 4, "--in-channels", 33], "--in-channels"),
         (["--train", "vae", "--draws-per-clip", 2], "--draws-per-clip"),
         (["--keep-encoder"], "--keep-encoder"),
@@ -650,3 +651,24 @@ def test_the_optional_files_can_be_deleted(tmp_path):
     code = f"import sys; {gone}; import sample, train"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert train.TINY.t5.vocab_size == shapes.make_tokenizer().get_vocab_size()
+
+
+def test_a_log_that_cannot_be_written_is_named_in_one_line(tmp_path, monkeypatch, capsys):
+    path_open = Path.open
+
+    def full(path: Path, mode: str = "r", **settings):
+        if path.name == "log.jsonl" and mode == "a":
+            raise OSError(28, "No space left on device")  # as from a write: without the name
+        return path_open(path, mode, **settings)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert run(tmp_path / "out", "--num-steps", 1) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "log.jsonl (No space left on device)" in said and "--resume" in said
+
+
+def test_what_the_softmax_does_not_see_does_not_learn():
+    """The bias of k's norm, where no rotation follows: its gradient would be rounding alone."""
+    for model, learns in ((INPAINT, False), (GOLDENS / "fun-5b-inp", True)):
+        biases = [block.attn1.norm_k.bias for block in task_for(model).dit.transformer_blocks]
+        assert all(bias.requires_grad == learns for bias in biases)
