@@ -58,7 +58,14 @@ from data import Batch, Loader, Plan, Record, Sample, epoch_batches, rng, to_uin
 from diffusion import NUM_TIMESTEPS, Schedule
 from sample import NUM_RANKS, RANK
 from text_encoder import T5Config, T5Encoder, Tokenizer
-from transformer import TransformerConfig, VideoTransformer, grow_input_channels, max_num_frames, model_kind
+from transformer import (
+    CHECKPOINTING,
+    TransformerConfig,
+    VideoTransformer,
+    grow_input_channels,
+    max_num_frames,
+    model_kind,
+)
 from vae import VAEConfig, VideoVAE, hide, join_condition, resize_mask, sample_posterior
 
 Key = tuple[int, int, int]  # (seed, epoch, sample index): what every draw is a function of
@@ -1126,7 +1133,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--num-val", type=int, default=16, help="samples held out")
     add = parser.add_argument_group("without influence on the numbers").add_argument
     add("--device", help="default: the best there is")
-    add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--activation-checkpointing", nargs="?", const="full", choices=list(CHECKPOINTING),
+        help="less memory, a third more time; attention: keep its output, a little more of both")  # fmt: skip
     add("--cache-latents", type=Path, metavar="DIR", help="keep what VAE and T5 say of the data")
     add("--compile", action="store_true", help="compile the transformer's blocks")
     add("--num-workers", type=int, default=4, help="threads that load data")

@@ -16,12 +16,13 @@ b batch · f frames · h w height, width · c channels · n video tokens · L te
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from checkpoint import MAX_SHARD_BYTES, component_dir, load_component, save_component
 from embeddings import Grid, Rope, patchify, rope_table, rotate, sincos_table, timestep_embedding, unpatchify
@@ -258,6 +259,18 @@ class OutputNorm(nn.Module):
 
 # ---------------------------------------------------------------- the model
 
+# What F.scaled_dot_product_attention becomes, by device and shapes: not to be done again with "attention".
+ATTENTION_KERNELS = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+CHECKPOINTING = {  # what the backward pass finds of a block: its input; and the output of its attention
+    "full": {},
+    "attention": {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)},
+}
+
 
 class VideoTransformer(nn.Module):
     """velocity = dit(noisy, timesteps, text, condition); see the picture at the top of this file."""
@@ -273,7 +286,7 @@ class VideoTransformer(nn.Module):
         p_t, p = config.patch
         self.proj_out = nn.Linear(config.dim, config.out_channels * p_t * p * p)
 
-        self.activation_checkpointing = False  # True: recompute blocks in backward, store only their inputs
+        self.activation_checkpointing: str | None = None  # a key of CHECKPOINTING: recompute in backward
         self.position = position_rule(config)
         self._init_weights()
 
@@ -331,7 +344,8 @@ class VideoTransformer(nn.Module):
         temb = self.time_embedding(timestep_embedding(timesteps, self.config.dim).to(noisy.dtype))
         for block in self.transformer_blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, temb, rope, num_text, use_reentrant=False)
+                how = CHECKPOINTING[self.activation_checkpointing]
+                tokens = checkpoint(block, tokens, temb, rope, num_text, use_reentrant=False, **how)
             else:
                 tokens = block(tokens, temb, rope, num_text)
 

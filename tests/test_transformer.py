@@ -10,8 +10,15 @@ import torch.nn.functional as F
 from conftest import GOLDENS, VARIANTS, assert_close, expected
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformer import TransformerConfig, VideoTransformer, grow_input_channels
+from transformer import (
+    ATTENTION_KERNELS,
+    CHECKPOINTING,
+    TransformerConfig,
+    VideoTransformer,
+    grow_input_channels,
+)
 
 CASES = [
     (variant, int(key[4:-2]))
@@ -72,7 +79,7 @@ def test_velocity_equals_the_reference(variant, index):
     assert_close(velocity.transpose(1, 2), g["out"], TOLERANCE)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, "full"])
 @pytest.mark.parametrize("variant, index", [c for c in CASES if "loss" in case(*c)[0]])
 def test_loss_and_gradients_equal_the_reference(variant, index, checkpointing):
     g, inputs = case(variant, index)
@@ -199,11 +206,27 @@ def test_the_position_rule_can_be_overridden_and_matters_off_the_native_grid():
 def test_recomputing_activations_changes_no_gradient(variant):
     dit = load(variant)
     inputs, gradients = random_inputs(dit, f=2), []
-    for dit.activation_checkpointing in (False, True):
+    for dit.activation_checkpointing in (None, *CHECKPOINTING):
         dit.zero_grad()
         dit(*inputs).square().mean().backward()
         gradients.append([p.grad.clone() for p in dit.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients))
+
+
+@pytest.mark.parametrize("how, num_runs", [(None, 1), ("full", 2), ("attention", 1)])
+def test_attention_is_computed_again_only_where_its_output_is_not_kept(how, num_runs):
+    dit = random_model(TINY)
+    dit.activation_checkpointing = how
+    kernels = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            kernels.extend([op] if op in ATTENTION_KERNELS else [])
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        dit(*random_inputs(dit)).square().mean().backward()
+    assert len(kernels) == num_runs * TINY.num_layers
 
 
 def test_one_timestep_serves_the_whole_batch():
