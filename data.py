@@ -32,7 +32,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -126,6 +125,8 @@ class ClipInfo(NamedTuple):
 @contextlib.contextmanager
 def _open_clip(path: str | Path) -> Iterator:
     """The container and its video stream; whatever ffmpeg raises in the block comes out as one sentence."""
+    import av  # here and below: a clip may not be needed, and it is slow to import
+
     _must_exist(path)
     try:
         absolute = str(Path(path).absolute())  # so that ffmpeg never takes a name for a protocol
@@ -144,11 +145,13 @@ def _open_clip(path: str | Path) -> Iterator:
         ) from None
 
 
-def _decode(container, stream, start: float) -> Iterator[tuple[float, av.VideoFrame | None]]:
+def _decode(container, stream, start: float) -> Iterator[tuple]:
     """(seconds since the clip's first frame, frame) from the keyframe before `start` on; last (end, None).
 
     Nothing before that keyframe is decoded. Frames without a timestamp follow at the stream's rate.
     """
+    import av
+
     origin = stream.start_time or 0
     step = duration = float(1 / (stream.guessed_rate or stream.average_rate or 25))
     seeked = start > 0 and stream.start_time is not None
@@ -182,7 +185,7 @@ def _shown(path: str | Path, container, stream, start: float) -> Iterator[tuple]
         yield seconds, following, until, frame
 
 
-def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
+def _upright_rgb(frame) -> np.ndarray:
     """uint8 h w 3; phones store the sensor's picture and a rotation (degrees counter-clockwise)."""
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
@@ -293,6 +296,8 @@ def write_video(frames: Clip | Iterable[np.ndarray], path: str | Path, fps: floa
     Written under a temporary name and renamed; equal frames give equal bytes.
     raises ValueError for another ending or odd sizes, OSError if the place cannot be written
     """
+    import av
+
     path = Path(path)
     writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_strip}
     if path.suffix.lower() not in writers:
@@ -315,6 +320,8 @@ def _checked_frames(frames: np.ndarray, name: str) -> np.ndarray:
 
 
 def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
+    import av
+
     first = next(chunks)
     height, width = first.shape[1:3]
     if height % 2 or width % 2:
