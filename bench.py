@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ import sample
 from checkpoint import write_config
 from data import to_pixels
 from text_encoder import T5Config, T5Encoder
-from transformer import TransformerConfig, VideoTransformer
+from transformer import CHECKPOINTING, TransformerConfig, VideoTransformer
 from vae import VAEConfig, VideoVAE
 
 ROOT = Path(__file__).parent
@@ -347,15 +348,27 @@ def growth(work: Callable[[], object], device: torch.device) -> float:
         work()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)  # what building the models has left behind must not hide growth
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = memory_mb("VmRSS")
-    work()
-    return memory_mb("VmHWM") - before
+    before, peak, done = memory_mb(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, memory_mb())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return peak - before
 
 
-def memory_mb(name: str) -> float:
+def memory_mb() -> float:
+    """Of this process, less what it maps from files: libraries come and go as the system likes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024 / 1e6
+    return int(lines["RssAnon"].split()[0]) * 1024 / 1e6
 
 
 def import_cpu_seconds(statement: str) -> float:
@@ -442,7 +455,7 @@ def matrix_rate(device: torch.device, dtype: str, n: int = 8192) -> float:
     return 2 * n**3 / statistics.median(times) / 1e12
 
 
-def train_step(dit: VideoTransformer, inputs: tuple, checkpointing: bool) -> None:
+def train_step(dit: VideoTransformer, inputs: tuple, checkpointing: str | None) -> None:
     """Forward and backward of one clip; weights and gradients are of the network's dtype, no optimizer."""
     dit.activation_checkpointing = checkpointing
     dit.requires_grad_(True)
@@ -482,8 +495,10 @@ def dit_card_cases(
             inputs = dit_inputs(config, height, width, f, dit)
             n = inputs[0][0, 0].numel() // 4
             flops = 3 * dit_flops(config, n + config.max_text_seq_length)
-            for checkpointing in (False, True):
-                name = f"{label} forward + backward, {n} tokens, {mode}" + ", checkpointed" * checkpointing
+            for checkpointing in (None, *CHECKPOINTING):
+                name = (
+                    f"{label} forward + backward, {n} tokens, {mode}, checkpointing {checkpointing or 'none'}"
+                )
                 yield Case(name, partial(train_step, dit, inputs, checkpointing), flops=flops)
 
 
@@ -527,7 +542,7 @@ def card(args: argparse.Namespace, device: torch.device) -> None:
     for case in chain(*groups, other_card_cases(plan, dtype, device)):
         try:
             case.ours()  # warm-up
-            before = torch.cuda.memory_allocated() / 1e6 if device.type == "cuda" else memory_mb("VmRSS")
+            before = torch.cuda.memory_allocated() / 1e6 if device.type == "cuda" else memory_mb()
             peak = (growth(case.ours, device) + before) / 1e3
             took = statistics.median(seconds(case.ours, device) for _ in range(args.rounds))
         except torch.OutOfMemoryError:
