@@ -939,9 +939,8 @@ def _look_through(path: Path, num_frames: int, fps: float) -> tuple[int, float, 
 
 
 def _is_flat(pixels: np.ndarray) -> bool:
-    return (
-        int(np.ptp(pixels, axis=(0, 1)).max()) < 16
-    )  # in each colour: grey alone would not tell red from blue
+    """Of one colour; in each channel, as grey alone would not tell red from blue."""
+    return int(np.ptp(pixels, axis=(0, 1)).max()) < 16
 
 
 def _as_text(file: dict) -> str:
