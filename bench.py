@@ -559,7 +559,7 @@ def card(args: argparse.Namespace, device: torch.device) -> None:
 # ---------------------------------------------------------------- the command line
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = sample.Parser(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     add = parser.add_argument
@@ -574,7 +574,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--leave-out", nargs="*", choices=["import"], default=[], help="what else is measured")
     add("--memory", nargs=3, metavar=("CASE", "WHO", "DTYPE"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 if results differ by more than rounding."""
+    args = parse(argv)
     device, _ = sample.choose_device(args.device, None)
     torch.set_num_threads(args.threads)
     if args.memory:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import GOLDENS
 
+import bench
 import sample
 import train
 from data import frames_for, random_mask, read_mask
@@ -311,7 +312,7 @@ def test_every_file_and_name_in_backticks_exists():
 
 def test_every_flag_is_in_the_help_of_its_program(capsys):
     known = {}
-    for program in (sample, train):
+    for program in (sample, train, bench):
         with pytest.raises(SystemExit):
             program.parse(["--help"])
         known[f"{program.__name__}.py"] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
@@ -322,7 +323,7 @@ def test_every_flag_is_in_the_help_of_its_program(capsys):
     in_prose = {
         flag for text in re.findall(r"`([^`\n]+)`", PROSE) for flag in re.findall(r"^--[a-z-]+", text)
     }
-    assert in_prose and in_prose <= known["sample.py"] | known["train.py"]
+    assert in_prose and in_prose <= set.union(*known.values())
 
 
 def test_the_sampling_commands_of_the_readme_run(tmp_path, monkeypatch):
