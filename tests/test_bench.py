@@ -7,7 +7,7 @@ import bench
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-ARGUMENTS = ["--rounds", "1", "--leave-out", "import", "--device", "cpu"]
+ARGUMENTS = ["--rounds", "1", "--leave-out", "import", "--device", "cpu", "--threads", "1"]  # like all tests
 
 
 def test_ours_and_theirs_do_the_same_work(capsys):
