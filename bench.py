@@ -45,7 +45,7 @@ from vae import VAEConfig, VideoVAE
 ROOT = Path(__file__).parent
 SMALL_MODEL = ROOT / "tests" / "goldens" / "cogvideox-2b-t2v"  # its tokenizer and scheduler serve all sizes
 PROMPT = "a panda plays a guitar"
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}  # max |Δ| / max |theirs|
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}  # max |Δ| / max |theirs|: rounding, with room
 
 # ---------------------------------------------------------------- sizes
 
@@ -122,7 +122,7 @@ def peer_of(module: nn.Module) -> nn.Module:
         from transformers import T5Config as PeerConfig
         from transformers import T5EncoderModel as Peer
 
-        config = vars(module.config) | {"extra": None, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}
+        config = vars(module.config) | {"dropout_rate": 0.0}
         config.pop("extra")
         build = lambda: Peer(PeerConfig(**config))  # noqa: E731
     else:
@@ -162,7 +162,7 @@ class Case:
 
 
 def clip(sizes: Sizes, num_frames: int, like: nn.Module) -> Tensor:
-    """b 3 f h w in [-1, 1]: smooth pictures that move, with a little noise."""
+    """b 3 f h w in [-1, 1]: squares of 8×8 pixels, each of a random colour in each frame."""
     draw = torch.Generator().manual_seed(1)
     frames = torch.rand(num_frames, sizes.side // 8, sizes.side // 8, 3, generator=draw)
     frames = frames.repeat_interleave(8, 1).repeat_interleave(8, 2)
