@@ -407,8 +407,12 @@ class Denoising:
         dropped = chances < self.config.text_only
         mask = (batch.mask | dropped[:, None, None, None])[:, None].to(pixels)
         hidden, zero = hide(pixels, mask, (batch.zero_if_all_masked | dropped).to(self.device))
-        moments = torch.cat(self.vae.moments(hidden), dim=1)
-        return {"masked": moments, "known": resize_mask(1 - mask, moments.shape[2:]), "zero": zero}
+        f, h, w = hidden.shape[2:]
+        grid = (f + 3) // 4, h // 8, w // 8
+        moments = hidden.new_zeros(len(hidden), 2 * self.vae_config.latent_channels, *grid, dtype=self.vae.dtype)
+        if not zero.all():  # what a zero condition would hide is not encoded
+            moments[~zero] = torch.cat(self.vae.moments(hidden[~zero]), dim=1)
+        return {"masked": moments, "known": resize_mask(1 - mask, grid), "zero": zero}
 
     def text(self, captions: list[str]) -> Tensor:
         """b L d"""
