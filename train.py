@@ -60,6 +60,7 @@ from sample import NUM_RANKS, RANK
 from text_encoder import T5Config, T5Encoder, Tokenizer
 from transformer import (
     CHECKPOINTING,
+    POSITIONS,
     TransformerConfig,
     VideoTransformer,
     grow_input_channels,
@@ -116,7 +117,7 @@ class Config:
     max_grad_norm: float = 0.05
     wide_clip_steps: int | None = None  # the reference's clipping over time, see `clip_norm`; None: constant
     ema_decay: float = 0.9999  # less at first, see `Learner.update_ema`; 0: no EMA
-    position: str | None = None  # sincos off the native grid, "interpolate" or "regenerate"; None: as it is
+    position: str | None = None  # sincos off the native grid, see transformer.position_rule; None: as it is
     in_channels: int | None = None  # of the transformer, grown with zeros; None: as it is
     lora_rank: int | None = None  # learn thin matrices beside the transformer's, not its weights; see lora.py
     lora_alpha: float | None = None  # None: the rank
@@ -409,7 +410,8 @@ class Denoising:
         hidden, zero = hide(pixels, mask, (batch.zero_if_all_masked | dropped).to(self.device))
         f, h, w = hidden.shape[2:]
         grid = (f + 3) // 4, h // 8, w // 8
-        moments = hidden.new_zeros(len(hidden), 2 * self.vae_config.latent_channels, *grid, dtype=self.vae.dtype)
+        shape = len(hidden), 2 * self.vae_config.latent_channels, *grid
+        moments = torch.zeros(shape, dtype=self.vae.dtype, device=self.device)
         if not zero.all():  # what a zero condition would hide is not encoded
             moments[~zero] = torch.cat(self.vae.moments(hidden[~zero]), dim=1)
         return {"masked": moments, "known": resize_mask(1 - mask, grid), "zero": zero}
@@ -1132,7 +1134,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--lora-rank", type=int, help=f"learn LoRA of this rank: OUT/{LORA}, for sample.py --lora")
     add("--lora-alpha", type=float, help="how much it counts, as alpha/rank; the rank if not given")
     add("--in-channels", type=int, help="16, 32 or 33: grow the transformer's input")
-    add("--position", choices=["interpolate", "regenerate"], help="sincos positions off the native grid")
+    add("--position", choices=POSITIONS, help="sincos positions off the native grid")
     add("--num-shapes", type=int, help="clips in an epoch of --data shapes")
     add("--seed", type=int)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; bfloat16 where it is fast")

@@ -367,9 +367,11 @@ class VideoTransformer(nn.Module):
         return added, rope
 
     def _sincos(self, grid: Grid, num_text: int, device: torch.device | str = "cpu") -> Tensor:
-        native = self.config.native_grid[1:] if self.position == "interpolate" else grid[1:]
+        drawn = self.config.native_grid if self.position == "slice" else grid
+        native = self.config.native_grid[1:] if self.position == "interpolate" else drawn[1:]
         scales = self.config.spatial_interpolation_scale, self.config.temporal_interpolation_scale
-        return sincos_table(self.config.dim, grid, native, num_text, *scales, torch.device(device))
+        table = sincos_table(self.config.dim, drawn, native, num_text, *scales, torch.device(device))
+        return table[: num_text + math.prod(grid)]
 
     def _check(self, noisy: Tensor, text: Tensor, condition: Tensor | None, text_projected: bool) -> None:
         """Stop, in one sentence, at whatever a caller can get wrong."""
@@ -392,6 +394,9 @@ class VideoTransformer(nn.Module):
         num_frames = config.native_grid[0]
         if self.position == "interpolate" and f > num_frames:
             raise ValueError(f"{f} latent frames; this model's positions end at {num_frames}")
+        most = math.prod(config.native_grid)
+        if self.position == "slice" and f * h * w > most * p * p:
+            raise ValueError(f"{f * h * w // (p * p)} tokens; a sliced table ends at {most}")
         if config.patch_size_t and f > 1 and f % config.patch_size_t:
             raise ValueError(f"{f} latent frames; this model takes 1 or a multiple of {config.patch_size_t}")
         if config.use_learned_positional_embeddings and (h, w) != (native_h, native_w):
@@ -420,6 +425,9 @@ class VideoTransformer(nn.Module):
         save_component(self, Path(model_dir) / "transformer", state=state, **stamps)
 
 
+POSITIONS = ("interpolate", "regenerate", "slice")
+
+
 def position_rule(config: TransformerConfig) -> str | None:
     """What a model with added positions does off its native grid; None if it has RoPE alone.
 
@@ -427,7 +435,9 @@ def position_rule(config: TransformerConfig) -> str | None:
         those with condition channels.
     "regenerate": compute the table for the grid at hand. diffusers does so for plain CogVideoX, and in place
         of learned positions at another number of frames.
-    A training run may set `dit.position` to the other rule.
+    "slice", for comparison only: the first n rows of the flattened native table, as the original CogVideoX
+        takes them. On a narrower grid they break lines in the wrong places.
+    A training run may set `dit.position` to another rule.
     """
     if config.use_learned_positional_embeddings:
         return "regenerate"

@@ -200,6 +200,13 @@ def test_the_position_rule_can_be_overridden_and_matters_off_the_native_grid():
         assert torch.equal(dit(*native), before[0])
         assert (dit(*wide) - before[1]).abs().max() > 0.1
         dit(*random_inputs(dit, f=7))  # and any number of frames fits
+        dit.position = "slice"  # row by row of the native width, whatever the width at hand
+        assert torch.equal(dit(*native), before[0])
+        frames, rows, cols = dit.config.native_grid
+        whole = dit._sincos((frames, rows, cols), 3)
+        assert torch.equal(dit._sincos((1, rows, cols - 1), 3), whole[: 3 + rows * (cols - 1)])
+        with pytest.raises(ValueError, match="a sliced table ends at"):
+            dit(*wide)
 
 
 @pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-1.5-5b-inp", "cogvideox-5b-i2v"])
