@@ -246,25 +246,29 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x: b c f h w -> b c f h w. affine: scale and shift of a norm to apply first, followed by SiLU."""
+        is_start = self not in cache
+        return self.convolve(self.with_past(x, cache, affine), is_start)
+
+    def with_past(self, x: Tensor, cache: Cache, affine: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The frames behind the two that come before them, b c 2+f h w; the last two stay in the cache."""
         past = cache.get(self)
         if affine is not None:
             x = norm_silu(x, affine, past)
         else:
             x = torch.cat([x[:, :, :1]] * 2 + [x] if past is None else [past, x], dim=2)
         cache[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
-        if past is not None:
-            return self.convolve(x)
-        # All three taps of frame 0 meet frame 0: summed, they are a convolution of a third of the work.
-        weight = self.conv.weight.sum(2, dtype=torch.float32).to(x.dtype)
-        first = F.conv2d(x[:, :, 2], weight, self.conv.bias, padding=1)[:, :, None]
-        if x.shape[2] == 3:
-            return first
-        rest = self.convolve(x[:, :, 1:])
-        del x  # before the next large tensor is made
-        return torch.cat([first, rest], dim=2)
+        return x
 
-    def convolve(self, x: Tensor) -> Tensor:
-        """b c 2+f h w -> b c f h w"""
+    def convolve(self, x: Tensor, is_start: bool = False) -> Tensor:
+        """b c 2+f h w -> b c f h w. is_start: the first three frames are one, so that taps can be summed."""
+        if is_start:  # frame 0 for a third of the work
+            weight = self.conv.weight.sum(2, dtype=torch.float32).to(x.dtype)
+            first = F.conv2d(x[:, :, 2], weight, self.conv.bias, padding=1)[:, :, None]
+            if x.shape[2] == 3:
+                return first
+            rest = self.convolve(x[:, :, 1:])
+            del x  # before the next large tensor is made
+            return torch.cat([first, rest], dim=2)
         if x.is_cpu and len(x) == 1 and x.shape[2] > 3 and x[0, ..., 0].numel() <= SMALL:
             frames = x.unfold(2, 3, 1)[0].permute(1, 0, 4, 2, 3)  # f c 3 h w: each with the two before it
             return self.conv(frames).transpose(0, 2)
@@ -290,8 +294,10 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, cache: Cache, z: Tensor | None = None) -> Tensor:
+        is_start = self.conv1 not in cache
         h = self.conv1(x, cache, norm_affine(self.norm1, x, z))
-        h = self.conv2(h, cache, norm_affine(self.norm2, h, z))
+        h = self.conv2.with_past(h, cache, norm_affine(self.norm2, h, z))
+        h = self.conv2.convolve(h, is_start)  # in two steps: what conv1 gave is not kept
         if hasattr(self, "conv_shortcut"):
             x = self.conv_shortcut(x)
         return h.add_(x)  # the convolution's fresh output, which no backward pass needs
@@ -362,14 +368,20 @@ class Block(nn.Module):
         elif isinstance(resampler, Upsample):
             self.upsamplers = nn.ModuleList([resampler])
 
-    def forward(self, x: Tensor, cache: Cache, z: Tensor | None = None, is_start: bool = False) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x, cache, z)
+    def resample(self, x: Tensor, is_start: bool) -> Tensor:
         if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
-        if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, is_start)
-        return x
+            return self.downsamplers[0](x)
+        return self.upsamplers[0](x, is_start) if hasattr(self, "upsamplers") else x
+
+
+def run_blocks(blocks: list[Block], x: Tensor, cache: Cache, z: Tensor | None = None) -> Tensor:
+    """In one loop, so that nothing holds a block's input, the largest of its tensors, to the block's end."""
+    is_start = blocks[0].resnets[0].conv1 not in cache
+    for block in blocks:
+        for resnet in block.resnets:
+            x = resnet(x, cache, z)
+        x = block.resample(x, is_start)
+    return x
 
 
 class Encoder(nn.Module):
@@ -390,9 +402,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
 
     def forward(self, pixels: Tensor, cache: Cache) -> Tensor:
-        x = self.conv_in(pixels, cache)
-        for block in [*self.down_blocks, self.mid_block]:
-            x = block(x, cache)
+        x = run_blocks([*self.down_blocks, self.mid_block], self.conv_in(pixels, cache), cache)
         return self.conv_out(x, cache, group_norm_affine(self.norm_out, x))
 
 
@@ -414,10 +424,7 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
     def forward(self, z: Tensor, cache: Cache) -> Tensor:
-        is_start = not cache
-        x = self.conv_in(z, cache)
-        for block in [self.mid_block, *self.up_blocks]:
-            x = block(x, cache, z, is_start)
+        x = run_blocks([self.mid_block, *self.up_blocks], self.conv_in(z, cache), cache, z)
         return self.conv_out(x, cache, self.norm_out(x, z))
 
 
