@@ -156,7 +156,7 @@ TINY = Config(
         Phase((64, 96, 128), 180, 8, 4000, 1e-3, 5e-4),
         Phase((64, 96, 128), 320, 8, 2000, 5e-4, 1e-5),
     ),
-    max_frames=17, batch_size=8, draws_per_clip=4, timestep_shift=3.0, text_only=0.5,
+    max_frames=17, batch_size=8, draws_per_clip=4, timestep_shift=3.0, text_only=0.2,
     optimizer="muon", adam_eps=1e-8, weight_decay=0.01, max_grad_norm=1.0, ema_decay=0.999,
     dit=TransformerConfig(in_channels=33, num_attention_heads=2, num_layers=6, time_embed_dim=128,
                           text_embed_dim=128, max_text_seq_length=24,
