@@ -27,7 +27,7 @@ import data
 from checkpoint import component_dir, open_safetensors, save_tensors
 from data import Bucket, Record, Sample
 
-VERSION = 1
+VERSION = 2
 
 
 class Moments(NamedTuple):
