@@ -498,6 +498,13 @@ def test_text_only_samples_have_a_zero_condition_whatever_their_mask():
         conditions.append(task.encode(batch._replace(mask=torch.zeros_like(batch.mask)), keys)[1])
     assert conditions[0].abs().amax((1, 2, 3, 4)).min() > 0
     assert not conditions[1].any()
+    task.config = replace(task.config, text_only=0.0)
+    mask = torch.zeros_like(batch.mask)
+    mask[:2] = 1  # these two are not even encoded; the others come out as they did in a batch of four
+    hidden = torch.tensor([True, True, False, False])
+    mixed = task.encode(batch._replace(mask=mask, zero_if_all_masked=hidden), keys)[1]
+    assert not mixed[:2].any()
+    assert_close(mixed[2:], conditions[0][2:], 1e-5)
 
 
 # ---------------------------------------------------------------- LoRA
