@@ -32,6 +32,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import resource
 import shutil
@@ -341,7 +342,8 @@ class Denoising:
         check(self.kind != "image", f"{model_dir} is an image-to-video model, which is not trained here")
         is_legal = self.dit.position or not config.position
         check(is_legal, f"--position {config.position}: this model has rotary positions")
-        self.dit.position = config.position or self.dit.position
+        if config.position:
+            self.dit.config.extra["position"] = self.dit.position = config.position
         if not self.dit.config.use_rotary_positional_embeddings:
             # What all k have in common the softmax does not see: its gradient is nothing but rounding, which
             # AdamW would enlarge to whole steps, other ones with each number of ranks.
@@ -596,18 +598,24 @@ def clip_norm(config: Config, step: int, norm: float) -> float:
     return limit / min(norm / limit, 10) if is_spike else limit
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with all singular values near 1 (0.7 … 1.2): five Newton-Schulz steps by a quintic.
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The matrices with all singular values near 1 (0.7 … 1.2): ... m n, five Newton-Schulz steps by a quintic.
 
-    In float32: bfloat16 would do, but its rounding, enlarged in the weakest directions, would depend on how
-    many ranks have added up the gradient.
+    Each step multiplies x by a polynomial of x xᵀ, so steps need only that small square: the product of the
+    polynomials is applied to x once, at the end. In float32: bfloat16 would do, but its rounding, enlarged in
+    the weakest directions, would depend on how many ranks have added up the gradient.
     """
-    x = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-    x = x / (x.norm() + 1e-7)
+    is_wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if is_wide else matrices.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    product = identity = torch.eye(x.shape[-2], device=x.device)
     for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if len(matrix) <= matrix.shape[1] else x.T
+        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        gram = factor @ gram @ factor
+        product = factor @ product
+    x = product @ x
+    return x if is_wide else x.mT
 
 
 class Muon(torch.optim.Optimizer):
@@ -615,7 +623,8 @@ class Muon(torch.optim.Optimizer):
     so that all its directions learn alike; from scratch that saves most of the steps. Its updates are as
     large as AdamW's, so one learning rate serves both. (Jordan et al. 2024; arXiv 2502.16982, sec. 2.2)
 
-    Beyond torch.optim.Muon it takes kernels and sharded parameters, whose gradient each rank gathers.
+    Beyond torch.optim.Muon it takes kernels and sharded parameters, whose gradient each rank gathers, and
+    works on equal shapes together, several at a time: alone a small matrix does not keep two cores busy.
     """
 
     def __init__(self, params: Iterable[Tensor], weight_decay: float, momentum: float = 0.95):
@@ -624,15 +633,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         [group] = self.param_groups
-        for param in (param for param in group["params"] if param.grad is not None):
-            state = self.state[param]
-            average = state.setdefault("momentum_buffer", torch.zeros_like(param.grad))
-            average.lerp_(param.grad, 1 - group["momentum"])
-            direction = whole(param.grad.lerp(average, group["momentum"])).float()
-            update = orthogonal(direction.flatten(1))
-            update *= 0.2 * max(update.shape) ** 0.5  # to AdamW's root mean square
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-            param.sub_(group["lr"] * spread_like(param, update.view(direction.shape)))
+        shape = operator.attrgetter("shape")
+        learning = sorted((param for param in group["params"] if param.grad is not None), key=shape)
+        for _, alike in itertools.groupby(learning, shape):
+            while params := list(itertools.islice(alike, 8)):
+                update = orthogonal(torch.stack([self.direction(param).flatten(1) for param in params]))
+                update *= 0.2 * max(update.shape[1:]) ** 0.5  # to AdamW's root mean square
+                for param, change in zip(params, update):
+                    param.mul_(1 - group["lr"] * group["weight_decay"])
+                    param.sub_(group["lr"] * spread_like(param, change.view(param.shape)))
+
+    def direction(self, param: Tensor) -> Tensor:
+        """Nesterov's momentum, whole."""
+        [group] = self.param_groups
+        average = self.state[param].setdefault("momentum_buffer", torch.zeros_like(param.grad))
+        average.lerp_(param.grad, 1 - group["momentum"])
+        return whole(param.grad.lerp(average, group["momentum"])).float()
 
 
 class Learner:
@@ -853,13 +869,13 @@ def shape_record(clip, name: str) -> Record:
 def open_data(args: argparse.Namespace, config: Config) -> tuple[list[Record], list[Record], dict[str, str]]:
     """(training records, held-out records, files that cannot be opened)
 
-    shapes: half of the clips square, a quarter each 2:3 and 3:2, one in ten a picture; held out by its rule.
+    shapes: half of the clips square, a quarter each 2:3 and 3:2; one in three a picture, where words cost least.
     Files: --val-data, or every tenth sample, at most --num-val.
     """
     if args.data == "shapes":
         import shapes
 
-        num, pictures, seed = config.num_shapes, config.num_shapes // 10, config.seed
+        num, pictures, seed = config.num_shapes, config.num_shapes // 3, config.seed
         sizes = [(128, 128), (104, 156), (128, 128), (156, 104)]
         clips = shapes.records(num - pictures, seed, sizes=sizes, num_frames=config.max_frames)
         clips += shapes.records(pictures, seed + 1, sizes=sizes, num_frames=1)

@@ -437,8 +437,14 @@ def position_rule(config: TransformerConfig) -> str | None:
         of learned positions at another number of frames.
     "slice", for comparison only: the first n rows of the flattened native table, as the original CogVideoX
         takes them. On a narrower grid they break lines in the wrong places.
-    A training run may set `dit.position` to another rule.
+    `train.py --position` picks another rule, and the folders it writes say so: "position" in config.json.
     """
+    if "position" in config.extra:
+        position = config.extra["position"]
+        if position not in POSITIONS:
+            allowed = ", ".join(POSITIONS)
+            raise ValueError(f"transformer/config.json: position = {position!r} should be one of {allowed}")
+        return position
     if config.use_learned_positional_embeddings:
         return "regenerate"
     if config.use_rotary_positional_embeddings:

@@ -565,6 +565,17 @@ def test_an_inpaint_run_grows_from_a_text_model_without_changing_what_it_says(tm
         assert_close(ours, plain(noisy, torch.tensor([500]), text), 1e-5)
 
 
+def test_a_run_with_another_position_rule_says_so_in_its_folder(tmp_path):
+    assert run(tmp_path / "sliced", "--num-steps", 1, "--position", "slice") == 0
+    assert VideoTransformer.from_pretrained(tmp_path / "sliced").position == "slice"
+    assert run(tmp_path / "on", "--num-steps", 1, model=tmp_path / "sliced") == 0
+    assert VideoTransformer.from_pretrained(tmp_path / "on").position == "slice"
+    path = tmp_path / "on/transformer/config.json"
+    path.write_text(path.read_text().replace('"slice"', '"sideways"'))
+    with pytest.raises(ValueError, match="position = 'sideways' should be one of interpolate"):
+        VideoTransformer.from_pretrained(tmp_path / "on")
+
+
 def test_text_models_and_control_models_train(tmp_path):
     assert run(tmp_path / "text", "--num-steps", 1, model=PLAIN) == 0
     one_shape(tmp_path)
