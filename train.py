@@ -599,7 +599,7 @@ def clip_norm(config: Config, step: int, norm: float) -> float:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The matrices with all singular values near 1 (0.7 … 1.2): ... m n, five Newton-Schulz steps by a quintic.
+    """Matrices ... m n with all singular values moved near 1 (0.7 … 1.2), by five Newton-Schulz steps.
 
     Each step multiplies x by a polynomial of x xᵀ, so steps need only that small square: the product of the
     polynomials is applied to x once, at the end. In float32: bfloat16 would do, but its rounding, enlarged in
@@ -869,7 +869,7 @@ def shape_record(clip, name: str) -> Record:
 def open_data(args: argparse.Namespace, config: Config) -> tuple[list[Record], list[Record], dict[str, str]]:
     """(training records, held-out records, files that cannot be opened)
 
-    shapes: half of the clips square, a quarter each 2:3 and 3:2; one in three a picture, where words cost least.
+    shapes: half of the clips square, a quarter each 2:3 and 3:2; one in three a picture, cheap in words.
     Files: --val-data, or every tenth sample, at most --num-val.
     """
     if args.data == "shapes":
