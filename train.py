@@ -186,7 +186,8 @@ PRESETS = {  # --preset, --train
 # ---------------------------------------------------------------- several processes: torchrun
 #
 # All of them run the same program. The transformer's weights, gradients, moments and EMA are cut into as many
-# parts as there are ranks (FSDP2); text encoder and VAE, where they learn, are small and whole in each rank.
+# parts as there are ranks (FSDP2); text encoder and VAE, where they learn, are small and whole in each rank,
+# and with --replicate the transformer too.
 # A rank works on its share of the micro-batches of a step; gradients are averaged. Rank 0 writes.
 
 
@@ -209,6 +210,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if NUM_RANKS > 1:
         dist.all_reduce(values)
     return values
+
+
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """In place, in one message in place of a hundred."""
+    if NUM_RANKS > 1 and tensors:
+        joined = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / NUM_RANKS
+        for tensor, average in zip(tensors, joined.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(average.view_as(tensor))
 
 
 def wait_for_ranks() -> None:
@@ -693,9 +702,7 @@ class Learner:
     def clip(self, step: int) -> float:
         """Average the gradient over ranks and shorten it if it is too long; returns its norm before that."""
         gradients = [p.grad for p in self.params.values() if p.grad is not None]
-        for gradient in gradients:  # of what is not sharded
-            if not isinstance(gradient, DTensor):
-                sum_over_ranks(gradient).div_(NUM_RANKS)
+        average_over_ranks([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
         kinds = ([g for g in gradients if isinstance(g, DTensor) == sharded] for sharded in (True, False))
         norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
         norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
@@ -958,7 +965,8 @@ class Run:
             self.task.dit.activation_checkpointing = args.activation_checkpointing
             for block in self.task.dit.transformer_blocks if args.compile else []:
                 block.compile()
-            shard(self.task.dit, device)
+            if not args.replicate:
+                shard(self.task.dit, device)
         needs_control = config.train == "dit" and self.task.kind == "control"
         for record in self.records + self.held_out_records if needs_control else []:
             check(record.read_control, f"{record.name} has no control_file_path, which a control model needs")
@@ -1161,6 +1169,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         help="less memory, a third more time; attention: keep its output, a little more of both")  # fmt: skip
     add("--cache-latents", type=Path, metavar="DIR", help="keep what VAE and T5 say of the data")
     add("--compile", action="store_true", help="compile the transformer's blocks")
+    add(
+        "--replicate",
+        action="store_true",
+        help="no FSDP: each rank has the whole transformer, if it is small",
+    )
     add("--num-workers", type=int, default=4, help="threads that load data")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--keep", type=int, default=3, help="how many checkpoints stay")

@@ -25,6 +25,7 @@ SMALL += "--preview-steps 1 --num-workers 1 --lr 1e-4 --warmup-steps 1 --ema-dec
 SMALL += "--dtype float32 --device cpu".split()
 KINDS = {"dit": [], "vae": ["--train", "vae"], "lora": ["--lora-rank", "2", "--optimizer", "adamw"]}
 KINDS["fun"] = ["--preset", "fun-2b", "--num-frames", "17"]  # AdamW with the reference's tiny eps
+KINDS["whole"] = ["--replicate"]
 KINDS["blocks"] = ["--activation-checkpointing", "--optimizer", "adamw"]
 SAMPLES = {  # one video, which two ranks compute together
     "sincos": ["a", "--model", str(GOLDENS / "fun-2b-inp"), "--num-frames", "5", "--guidance-scale", "1"],
