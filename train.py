@@ -876,7 +876,8 @@ def shape_record(clip, name: str) -> Record:
 def open_data(args: argparse.Namespace, config: Config) -> tuple[list[Record], list[Record], dict[str, str]]:
     """(training records, held-out records, files that cannot be opened)
 
-    shapes: half of the clips square, a quarter each 2:3 and 3:2; one in three a picture, cheap in words.
+    shapes: half of the samples square, a quarter each 2:3 and 3:2; a third are pictures, which show colours
+        and shapes at less cost than clips. Held out are the combinations of `shapes.is_held_out`.
     Files: --val-data, or every tenth sample, at most --num-val.
     """
     if args.data == "shapes":
