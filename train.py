@@ -645,7 +645,7 @@ class Muon(torch.optim.Optimizer):
         shape = operator.attrgetter("shape")
         learning = sorted((param for param in group["params"] if param.grad is not None), key=shape)
         for _, alike in itertools.groupby(learning, shape):
-            while params := list(itertools.islice(alike, 8)):
+            while params := list(itertools.islice(alike, 8)):  # no more: whole, they take memory
                 update = orthogonal(torch.stack([self.direction(param).flatten(1) for param in params]))
                 update *= 0.2 * max(update.shape[1:]) ** 0.5  # to AdamW's root mean square
                 for param, change in zip(params, update):
