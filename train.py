@@ -1148,7 +1148,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         type=float,
         help="share of inpaint samples that get nothing but text, beyond the report's",
     )
-    add("--lr", type=float, help="constant learning rate")
+    add("--lr", type=float, nargs="+", help="learning rate; of two the second is reached by half a cosine")
     add("--optimizer", choices=["adamw", "muon"])
     add("--warmup-steps", type=int)
     add("--weight-decay", type=float)
@@ -1161,6 +1161,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--in-channels", type=int, help="16, 32 or 33: grow the transformer's input")
     add("--position", choices=POSITIONS, help="sincos positions off the native grid")
     add("--num-shapes", type=int, help="clips in an epoch of --data shapes")
+    add("--cached-draws", type=int, help="masks a clip in --cache-latents (4)")
     add("--seed", type=int)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; bfloat16 where it is fast")
     add("--num-val", type=int, default=16, help="samples held out")
@@ -1193,7 +1194,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 
 AT_LEAST_ONE = """batch_size draws_per_clip max_frames fps num_shapes save_every val_every preview_every keep
-num_val num_workers preview_steps num_steps grad_accum max_tokens lora_rank""".split()
+num_val num_workers preview_steps num_steps grad_accum max_tokens lora_rank cached_draws""".split()
 
 
 def make_config(args: argparse.Namespace) -> Config:
@@ -1202,7 +1203,9 @@ def make_config(args: argparse.Namespace) -> Config:
     given = {name: value for name, value in vars(args).items() if value is not None}
     names = {field.name for field in dataclasses.fields(Config)} - {"phases", "train"}
     config = replace(preset, **{name: given[name] for name in names & given.keys()})
-    changes = {"lr": args.lr, "final_lr": args.lr, "max_tokens": args.max_tokens}
+    rates = args.lr or [None]
+    check(len(rates) <= 2, f"--lr takes one number or two, the first and the last, not {len(rates)}")
+    changes = {"lr": rates[0], "final_lr": rates[-1], "max_tokens": args.max_tokens}
     changes["resolutions"] = args.resolutions and tuple(args.resolutions)
     changes["global_batch"] = args.grad_accum and config.batch_size * args.grad_accum
     changes["train_text"] = False if args.lora_rank else None  # its file holds the transformer's part alone
@@ -1239,7 +1242,9 @@ def make_config(args: argparse.Namespace) -> Config:
         )
     is_dit = config.train == "dit"
     check(is_dit or not args.cache_latents, "--cache-latents is for --train dit; leave it out")
-    config = replace(config, cached_draws=4 if args.cache_latents else 0)
+    has_cache = args.cache_latents or args.cached_draws is None
+    check(has_cache, f"--cached-draws {args.cached_draws} needs --cache-latents; give it, or leave both out")
+    config = replace(config, cached_draws=(args.cached_draws or 4) if args.cache_latents else 0)
     remedy = "give --train vae and a --model, and leave out --from-scratch"
     keeps = not is_dit and args.model and not args.from_scratch
     check(keeps or not config.keep_encoder, f"--keep-encoder is for the VAE there is; {remedy}")

@@ -641,6 +641,18 @@ def test_flags_replace_the_presets_values():
     assert config == make_config(args)
     for phase in config.phases:
         assert (phase.lr, phase.final_lr, phase.global_batch, phase.max_tokens) == (0.5, 0.5, 6, 8)
+    args, config = parse([*SMALL, "--model", str(INPAINT), "--lr", "0.5", "0.25"])
+    assert all((phase.lr, phase.final_lr) == (0.5, 0.25) for phase in config.phases)
+    cached = [*SMALL, "--model", str(INPAINT), "--cache-latents", "latents"]
+    assert [parse([*cached, *more])[1].cached_draws for more in ([], ["--cached-draws", "2"])] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    "flags, said", [(["--lr", 3, 2, 1], "--lr takes"), (["--cached-draws", 2], "--cache-latents")]
+)
+def test_flags_that_cannot_be_are_refused(tmp_path, capsys, flags, said):
+    assert run(tmp_path / "out", "--num-steps", 1, *flags) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_step_that_cannot_be_cut_into_micro_batches_is_refused(capsys):
