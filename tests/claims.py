@@ -54,7 +54,8 @@ def main() -> None:
         axes[0].plot(losses.keys(), losses.values(), color=f"C{color}", label=run.name)
         for axis, word in zip(axes[1:], args.words):
             middle, low, high = zip(*(shares[step][word] for step in shares)) if shares else ((), (), ())
-            spread = [[m - lo for m, lo in zip(middle, low)], [hi - m for m, hi in zip(middle, high)]]
+            pairs = (middle, low), (high, middle)  # rounding can bring one below the other
+            spread = [[max(0.0, a - b) for a, b in zip(*pair)] for pair in pairs]
             axis.errorbar(shares.keys(), middle, spread, color=f"C{color}", capsize=2)
     for axis, title in zip(axes, ["validation loss", *(f"{word} right" for word in args.words)]):
         axis.set(title=title, xlabel="steps")
