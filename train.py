@@ -1148,7 +1148,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         type=float,
         help="share of inpaint samples that get nothing but text, beyond the report's",
     )
-    add("--lr", type=float, nargs="+", help="learning rate; of two the second is reached by half a cosine")
+    add("--lr", type=float, nargs="+", help="constant learning rate; or first and last of half a cosine")
     add("--optimizer", choices=["adamw", "muon"])
     add("--warmup-steps", type=int)
     add("--weight-decay", type=float)
@@ -1161,7 +1161,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--in-channels", type=int, help="16, 32 or 33: grow the transformer's input")
     add("--position", choices=POSITIONS, help="sincos positions off the native grid")
     add("--num-shapes", type=int, help="clips in an epoch of --data shapes")
-    add("--cached-draws", type=int, help="masks a clip in --cache-latents (4)")
+    add("--cached-draws", type=int, help="masks kept of each clip, with --cache-latents; 4")
     add("--seed", type=int)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; bfloat16 where it is fast")
     add("--num-val", type=int, default=16, help="samples held out")
@@ -1242,9 +1242,10 @@ def make_config(args: argparse.Namespace) -> Config:
         )
     is_dit = config.train == "dit"
     check(is_dit or not args.cache_latents, "--cache-latents is for --train dit; leave it out")
-    has_cache = args.cache_latents or args.cached_draws is None
-    check(has_cache, f"--cached-draws {args.cached_draws} needs --cache-latents; give it, or leave both out")
-    config = replace(config, cached_draws=(args.cached_draws or 4) if args.cache_latents else 0)
+    draws = config.cached_draws
+    check(args.cache_latents or not draws, f"--cached-draws {draws} needs --cache-latents; give both or none")
+    if args.cache_latents and not draws:
+        config = replace(config, cached_draws=4)  # each costs encoding every clip once more; not tuned
     remedy = "give --train vae and a --model, and leave out --from-scratch"
     keeps = not is_dit and args.model and not args.from_scratch
     check(keeps or not config.keep_encoder, f"--keep-encoder is for the VAE there is; {remedy}")
