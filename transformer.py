@@ -171,6 +171,14 @@ class AdaptiveNorm(nn.Module):
         return torch.cat([text, video], dim=1), (text_gate, gate)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ/√head_dim) v    all: b heads n head_dim"""
+    if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[-2] <= 1024:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return scores.softmax(-1) @ v  # forward and backward together 2-3.6 times as fast as what follows
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Every token attends to every token, padding included; q and k are normalised per head, then rotated."""
 
@@ -183,7 +191,7 @@ class Attention(nn.Module):
         self.norm_q = nn.LayerNorm(config.attention_head_dim, eps=1e-6)  # not norm_eps
         self.norm_k = nn.LayerNorm(config.attention_head_dim, eps=1e-6)
         self.to_out = nn.Sequential(nn.Linear(config.dim, config.dim))
-        self.attend = F.scaled_dot_product_attention  # parallel.py puts its own here
+        self.attend = attend  # parallel.py puts its own here
 
     def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
         q, k, v = (
