@@ -15,10 +15,11 @@ two for the next chunk. A video is therefore coded chunk by chunk in memory that
 length. Group-norm statistics are taken per chunk, so the chunk boundaries are part of the result and must be
 the reference's.
 
-Three exact rewritings make it cheap; each has its comment below:
+Four exact rewritings make it cheap; each has its comment below:
   norm + SiLU is one multiply-add, written straight behind the two remembered frames (`norm_silu`);
   the decoder's norm runs its 1×1×1 convolutions at latent resolution (`SpatialNorm`);
-  nearest ×2 and then a 3×3 convolution is one transposed convolution (`Upsample`).
+  nearest ×2 and then a 3×3 convolution is one transposed convolution (`Upsample`);
+  on the CPU two frames are convolved for four thirds of the work of one (`CausalConv3d.convolve_pairs`).
 Activations and weights are channels-last in memory, which convolutions prefer.
 
 Paper: Yang et al. 2024, CogVideoX (arXiv 2408.06072), sec. 2.1. Reference:
@@ -269,10 +270,32 @@ class CausalConv3d(nn.Module):
             rest = self.convolve(x[:, :, 1:])
             del x  # before the next large tensor is made
             return torch.cat([first, rest], dim=2)
+        wide = x.shape[1] >= 64 and x[0, 0, 0].numel() >= 1024  # there it takes 0.7 … 0.8 of the time
+        if x.is_cpu and wide and x.shape[2] % 2 == 0 and not torch.is_grad_enabled():
+            return self.convolve_pairs(x)
         if x.is_cpu and len(x) == 1 and x.shape[2] > 3 and x[0, ..., 0].numel() <= SMALL:
             frames = x.unfold(2, 3, 1)[0].permute(1, 0, 4, 2, 3)  # f c 3 h w: each with the two before it
             return self.conv(frames).transpose(0, 2)
         return self.conv(x)
+
+    def convolve_pairs(self, x: Tensor) -> Tensor:
+        """b c 2+f h w -> b c f h w. Two frames take four 2D convolutions in place of six: F(2, 3) in time
+        (Winograd 1980; Lavin & Gray, arXiv 1509.09308, sec. 4.1)."""
+
+        def conv(frame: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return F.conv2d(frame, weight, bias, padding=1)
+
+        w0, w1, w2 = self.conv.weight.float().unbind(2)
+        weights = (w0, (w0 + w1 + w2) / 2, (w0 - w1 + w2) / 2, w2)
+        first, plus, minus, last = (w.to(x.dtype, memory_format=torch.channels_last) for w in weights)
+        b, _, f, h, w = x.shape
+        out = x.new_empty(b, f - 2, h, w, len(w0)).permute(0, 4, 1, 2, 3)
+        for i in range(0, f - 2, 2):
+            f0, f1, f2, f3 = x[:, :, i : i + 4].unbind(2)
+            both, change = conv(f1 + f2, plus, self.conv.bias), conv(f2 - f1, minus)
+            out[:, :, i] = conv(f0 - f2, first).add_(both).add_(change)
+            out[:, :, i + 1] = conv(f3 - f1, last).add_(both).sub_(change)
+        return out
 
 
 class ResnetBlock(nn.Module):

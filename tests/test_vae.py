@@ -8,6 +8,7 @@ from conftest import GOLDENS, VARIANTS, assert_close, expected
 from torch import nn
 
 from vae import (
+    CausalConv3d,
     Downsample,
     Upsample,
     VAEConfig,
@@ -155,6 +156,14 @@ def test_log_variances_are_clamped_only_for_the_standard_deviation():
     mean, noise = torch.zeros(1, 16, 1, 1, 1), torch.ones(1, 16, 1, 1, 1)
     assert_close(vae.posterior(mean, mean + 100, noise), mean + torch.tensor(10.0).exp(), 0.1)
     assert_close(vae.posterior(mean, mean - 100, noise), mean + torch.tensor(-15.0).exp(), 1e-12)
+
+
+def test_frames_convolved_in_pairs_equal_frames_convolved_alone():
+    torch.manual_seed(0)
+    layer, x = CausalConv3d(64, 8), torch.randn(2, 64, 6, 32, 40)
+    with torch.no_grad():
+        assert_close(layer.convolve(x), layer.conv(x), 1e-5)
+        assert_close(layer.convolve_pairs(x[..., :4, :5]), layer.conv(x[..., :4, :5]), 1e-5)
 
 
 def test_the_upsampler_equals_nearest_then_convolution():
