@@ -159,7 +159,7 @@ TINY = Config(
     ),
     max_frames=17, batch_size=8, draws_per_clip=4, timestep_shift=3.0, text_only=0.2,
     optimizer="muon", adam_eps=1e-8, weight_decay=0.01, max_grad_norm=1.0, ema_decay=0.999,
-    dit=TransformerConfig(in_channels=33, num_attention_heads=2, num_layers=6, time_embed_dim=128,
+    dit=TransformerConfig(in_channels=33, num_attention_heads=4, num_layers=6, time_embed_dim=128,
                           text_embed_dim=128, max_text_seq_length=24,
                           sample_width=8, sample_height=8, sample_frames=17),
     vae=VAEConfig(block_out_channels=[16, 32, 32, 64], layers_per_block=1, norm_num_groups=8,
