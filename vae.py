@@ -263,7 +263,8 @@ class CausalConv3d(nn.Module):
     def convolve(self, x: Tensor, is_start: bool = False) -> Tensor:
         """b c 2+f h w -> b c f h w. is_start: the first three frames are one, so that taps can be summed."""
         if is_start:  # frame 0 for a third of the work
-            weight = self.conv.weight.sum(2, dtype=torch.float32).to(x.dtype)
+            w0, w1, w2 = self.conv.weight.float().unbind(2)  # .sum(2) is ten times as slow
+            weight = (w0 + w1 + w2).to(x.dtype)
             first = F.conv2d(x[:, :, 2], weight, self.conv.bias, padding=1)[:, :, None]
             if x.shape[2] == 3:
                 return first
@@ -294,8 +295,8 @@ class CausalConv3d(nn.Module):
         for i in range(0, f - 2, 2):
             f0, f1, f2, f3 = x[:, :, i : i + 4].unbind(2)
             both, change = conv(f1 + f2, plus, self.conv.bias), conv(f2 - f1, minus)
-            out[:, :, i] = conv(f0 - f2, first).add_(both).add_(change)
-            out[:, :, i + 1] = conv(f3 - f1, last).add_(both).sub_(change)
+            torch.add(conv(f0 - f2, first).add_(both), change, out=out[:, :, i])
+            torch.sub(conv(f3 - f1, last).add_(both), change, out=out[:, :, i + 1])
         return out
 
 
