@@ -105,7 +105,7 @@ TASKS: dict[str, Callable] = {
     "mask": within_mask,
     "recolor": recolored,
     "picture": to_picture,
-    # never a training size
+    # the first of them trained at, the others not
     "text 80x80": lambda models, scene: from_text(models, scene, 80, 80),
     "text 112x112": lambda models, scene: from_text(models, scene, 112, 112),
     "text 128x64": lambda models, scene: from_text(models, scene, 128, 64),
