@@ -26,7 +26,7 @@ import shapes
 from shapes import HELD_OUT, Scene, draw, psnr, read_attributes, sample_scene
 
 SEED = 2026
-SETTINGS = {"num_steps": 50, "guidance_scale": 6.0}  # and the model's own sampler
+SETTINGS = {"num_steps": 50, "guidance_scale": 3.0}  # and the model's own sampler
 WORDS = ("color", "shape", "motion", "background")
 
 
