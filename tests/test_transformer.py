@@ -17,6 +17,7 @@ from transformer import (
     CHECKPOINTING,
     TransformerConfig,
     VideoTransformer,
+    attend,
     grow_input_channels,
 )
 
@@ -145,6 +146,19 @@ def test_random_weights_give_the_same_velocity_in_diffusers(changes, size, tmp_p
 
 
 # ---------------------------------------------------------------- properties
+
+
+def test_attention_trained_in_bf16_equals_torchs():
+    torch.manual_seed(0)
+    results = []
+    for function, dtype in ((attend, torch.bfloat16), (F.scaled_dot_product_attention, torch.float32)):
+        torch.manual_seed(0)
+        inputs = [torch.randn(2, 3, 40, 16).bfloat16().to(dtype).requires_grad_(True) for _ in range(3)]
+        out = function(*inputs)
+        out.backward(torch.randn(out.shape).to(dtype))
+        results.append([out, *(x.grad for x in inputs)])
+    for found, want in zip(*results):
+        assert (found.float() - want).norm() < 0.01 * want.norm()
 
 
 def test_norms_of_q_and_k_have_their_own_eps():
