@@ -172,10 +172,14 @@ class AdaptiveNorm(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ/√head_dim) v    all: b heads n head_dim"""
+    """softmax(q kᵀ/√head_dim) v    all: b heads n head_dim
+
+    Training in bf16 on a CPU, plain products take 0.3 … 0.5 of the time of torch's kernel at 104 to 344
+    tokens, 0.95 at 1058, where keeping all scores begins to cost memory.
+    """
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[-2] <= 1024:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return scores.softmax(-1) @ v  # forward and backward together 2-3.6 times as fast as what follows
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # b heads n n
+        return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -33,7 +33,7 @@ def widen(old: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     units = parents([hidden])
 
     def read(weight: Tensor, family: Tensor) -> Tensor:
-        """Along columns: children share what their parent's column was, otherwise in each row."""
+        """out old -> out new: each parent's column is cut in two, at another random share in every row."""
         noise = 0.3 * torch.randn(weight.shape, generator=generator)
         order = torch.argsort(family, stable=True)  # both children of 0, of 1, …
         elder = torch.zeros(len(family), dtype=torch.bool)
@@ -80,4 +80,6 @@ def main(model: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("give a model folder and one to make: python tests/widen.py MODEL OUT")
     main(*map(Path, sys.argv[1:]))
