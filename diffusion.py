@@ -160,6 +160,14 @@ class Schedule:
             )
         return SAMPLER_OF_CLASS[class_name]
 
+    @property
+    def default_guidance_scale(self) -> float:
+        """What the file says suits the model, under a key of ours that official ones lack; else 6."""
+        scale = self.config.extra.get("guidance_scale", 6.0)
+        if not (isinstance(scale, (int, float)) and 0 <= scale <= 1000):
+            raise ValueError(f"scheduler_config.json: guidance_scale = {scale!r:.60} is outside 0 … 1000")
+        return float(scale)
+
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, snr_shift: bool = False) -> Self:
         """model_dir: a checkpoint folder that holds scheduler/, or that folder itself."""

@@ -207,7 +207,7 @@ class Request:
     width: int | None = None
     num_frames: int | None = None
     num_steps: int = 50
-    guidance_scale: float = 6.0  # 1 or less: no guidance
+    guidance_scale: float | None = None  # 1 or less: no guidance
     dynamic_guidance: bool = False
     guidance_interval: tuple[int, int] = (0, 999)  # timesteps outside go unguided (arXiv 2404.07724)
     sampler: str | None = None  # a key of diffusion.SAMPLERS
@@ -277,6 +277,7 @@ class Job:
     width: int
     num_frames: int
     sampler: str
+    guidance_scale: float
     seed: int
     frames: np.ndarray | None = None  # uint8 f h w 3: the known video, the clip to start from, or the control
     mask: Tensor | None = None  # bool f h w, True = generate; None: all of it
@@ -317,7 +318,9 @@ def prepare(models: Models, request: Request, fps: float = FPS) -> Job:
     check_side(config, "height", height)
     check_side(config, "width", width)
     seed = int.from_bytes(os.urandom(4)) if request.seed is None else request.seed
-    job = Job(request, height, width, num_frames, request.sampler or _default_sampler(models), seed)
+    sampler, guidance_scale = request.sampler or _default_sampler(models), request.guidance_scale
+    guidance_scale = models.schedule.default_guidance_scale if guidance_scale is None else guidance_scale
+    job = Job(request, height, width, num_frames, sampler, guidance_scale, seed)
 
     if size not in (None, (height, width)) and not (request.height and request.width):
         job.notes.append(f"the input of {size[1]}x{size[0]} is made at {width}x{height}")
@@ -380,7 +383,7 @@ def encode_texts(models: Models, jobs: list[Job], progress: bool) -> None:
     with models.use("text_encoder", "text") as t5:
         for job in _bar(jobs, "text", progress):
             request = job.request
-            prompts = [request.negative_prompt] * (request.guidance_scale > 1) + [request.prompt]
+            prompts = [request.negative_prompt] * (job.guidance_scale > 1) + [request.prompt]
             if (key := tuple(prompts)) not in texts:
                 texts[key] = t5(models.tokenizer(prompts, length))
             job.text = texts[key]
@@ -445,7 +448,7 @@ def denoise(models: Models, dit: VideoTransformer, job: Job, randn: Callable, pr
 
     def velocity(x: Tensor, t: int) -> Tensor:
         scale = guidance_at(
-            t, request.guidance_scale, len(timesteps), request.dynamic_guidance, request.guidance_interval
+            t, job.guidance_scale, len(timesteps), request.dynamic_guidance, request.guidance_interval
         )
         x, outputs = x.to(dtype), []
         for part in (text if scale != 1 else text[-1:]).split(2 if together else 1):
@@ -652,7 +655,7 @@ def describe(models: Models, jobs: list[Job], needs: dict[str, int]) -> str:
         f"{models.num_parameters['transformer'] / 1e9:.3g} B parameters",
         f"video    {job.width}x{job.height}, {job.num_frames} frames -> {latents[2]} latent frames "
         f"-> {num_tokens(config, latents)} tokens" + (f", {len(jobs)} of them" if len(jobs) > 1 else ""),
-        f"sampler  {job.sampler}, {steps}{request.num_steps} steps, guidance {request.guidance_scale:g}",
+        f"sampler  {job.sampler}, {steps}{request.num_steps} steps, guidance {job.guidance_scale:g}",
         f"device   {models.device}, {str(models.dtype)[6:]}",
         "memory   about " + ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
         + " GiB" + (f"; {free / 2**30:.1f} free" if free else ""),
@@ -694,7 +697,8 @@ def load_latents(path: Path) -> tuple[Tensor, dict]:
 def make_record(models: Models, job: Job, fps: float) -> dict:
     """Everything needed to make a video again, for JSON: the request, what was decided for it, versions."""
     asked = {f.name: getattr(job.request, f.name) for f in dataclasses.fields(Request)}
-    decided = {name: getattr(job, name) for name in ("height", "width", "num_frames", "sampler", "seed")}
+    names = ("height", "width", "num_frames", "sampler", "guidance_scale", "seed")
+    decided = {name: getattr(job, name) for name in names}
     return {
         **{name: value for name, value in (asked | decided).items() if name not in ("latents", "randn")},
         "fps": fps,
@@ -813,7 +817,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--width", "multiple of 16; default: as for --height", type=int)
     add("--num-frames", "4k+1; 1 makes a picture; default: the model's own, or the clip's", type=int)
     add("--num-steps", "steps of the sampler", type=int)
-    add("--guidance-scale", "pull towards the prompt; 1: none", type=float)
+    add("--guidance-scale", "pull towards the prompt; 1: none; default: the model's", type=float)
     add("--dynamic-guidance", "vary it over the steps, as the reference can", action="store_true")
     add("--guidance-interval", "timesteps to guide, 999 the noisiest", type=int, nargs=2)
     add("--noise-aug-strength", "noise on given pictures", type=float)

@@ -56,7 +56,7 @@ import checkpoint
 import data
 import sample
 from data import Batch, Loader, Plan, Record, Sample, epoch_batches, rng, to_uint8, write_video
-from diffusion import NUM_TIMESTEPS, Schedule
+from diffusion import NUM_TIMESTEPS, Schedule, ScheduleConfig
 from sample import NUM_RANKS, RANK
 from text_encoder import T5Config, T5Encoder, Tokenizer
 from transformer import (
@@ -132,6 +132,7 @@ class Config:
     dit: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)  # if there is none yet
     vae: VAEConfig | None = None  # likewise; None: there has to be one
     t5: T5Config | None = None
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
 
 
 SIZES_512, SIZES_768, SIZES_1024 = (tuple(range(low, 1025, 128)) for low in (512, 768, 1024))
@@ -165,6 +166,7 @@ TINY = Config(
     vae=VAEConfig(block_out_channels=[16, 32, 32, 64], layers_per_block=1, norm_num_groups=8,
                   sample_height=256, sample_width=256, scaling_factor=1.0),
     t5=T5Config(vocab_size=27, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),  # 27: shapes.WORDS
+    schedule=ScheduleConfig(extra={"guidance_scale": 3.0}),  # 6 exaggerates the drawn shapes
 )  # fmt: skip
 # Small clips first: their steps are cheap, and edges are all there is to learn; 64 pixels show fast ones.
 # The KL term is large enough to keep channels near zero and to leave noise in what pixels do not need.
@@ -780,7 +782,7 @@ def make_component(name: str, config: Config, out: Path) -> bool:
     if name == "transformer":
         VideoTransformer(config.dit).save_pretrained(out)
     elif name == "scheduler":
-        Schedule().save_pretrained(out)
+        Schedule(config.schedule).save_pretrained(out)
     elif name == "vae" and config.vae:
         vae = VideoVAE(config.vae)
         # A sharp posterior to start with: at a standard deviation of one the decoder would see only noise.

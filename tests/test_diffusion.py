@@ -173,6 +173,17 @@ def test_an_unknown_scheduler_class_is_named_and_the_samplers_listed(tmp_path):
         _ = schedule.default_sampler
 
 
+def test_the_guidance_that_suits_a_model_may_stand_in_its_file(tmp_path):
+    assert Schedule.from_pretrained(GOLDENS / "fun-2b-inp").default_guidance_scale == 6.0
+    assert Schedule.from_pretrained(write(tmp_path, guidance_scale=2)).default_guidance_scale == 2.0
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), 1001, "3", None])
+def test_a_guidance_scale_that_is_none_is_refused_by_name(tmp_path, value):
+    with pytest.raises(ValueError, match="guidance_scale = .* is outside 0 … 1000"):
+        _ = Schedule.from_pretrained(write(tmp_path, guidance_scale=value)).default_guidance_scale
+
+
 def test_saving_keeps_unknown_keys_and_numbers(tmp_path):
     source = write(tmp_path, _class_name="CogVideoXDPMScheduler", snr_shift_scale=1.0, made_up=[1, 2])
     Schedule.from_pretrained(source).save_pretrained(tmp_path / "copy")

@@ -172,6 +172,13 @@ def test_no_guidance_is_the_text_alone_and_outside_the_interval_too():
     assert not torch.allclose(run_2b(), alone, atol=1e-3)
 
 
+def test_the_guidance_scale_is_the_models_own_unless_one_is_given(monkeypatch):
+    assert torch.equal(run_2b(), run_2b(guidance_scale=6.0))
+    monkeypatch.setattr("diffusion.Schedule.default_guidance_scale", 3.0)
+    assert torch.equal(run_2b(), run_2b(guidance_scale=3.0))
+    assert not torch.allclose(run_2b(), run_2b(guidance_scale=6.0), atol=1e-3)
+
+
 def test_one_forward_for_both_prompts_equals_two(monkeypatch):
     """Small grids take one batch of two, large ones two of one; both are the same function."""
     small = run_2b(num_frames=13)

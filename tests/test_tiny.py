@@ -9,6 +9,7 @@ import torch
 import widen
 
 import sample
+from diffusion import Schedule
 from shapes import HELD_OUT, WORDS, read_attributes
 from transformer import VideoTransformer
 
@@ -29,6 +30,8 @@ def test_the_default_model_shows_the_color_and_ground_asked_for(tmp_path):
     found = read_attributes(sample.read_video(out, 17))
     assert found["color"] == "red" and found["background"] == "black"
     assert len(found["areas"]) == 17
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["guidance_scale"] == 3.0 == Schedule.from_pretrained(TINY).default_guidance_scale
 
 
 def test_words_it_does_not_know_are_named_with_those_it_knows(tmp_path, capsys):
