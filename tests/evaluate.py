@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sample
 import shapes
+from data import to_pixels, to_uint8
 from shapes import HELD_OUT, Scene, draw, psnr, read_attributes, sample_scene
 
 SEED = 2026
@@ -37,32 +38,35 @@ def right(frames: np.ndarray, scene: Scene, names: Iterable[str] = WORDS) -> dic
     return verdict | {"all": all(verdict.values())}
 
 
+def make(models, scene: Scene, prompt: str | None = None, **settings) -> np.ndarray:
+    """A clip from the scene's caption, or another prompt; each scene has a seed of its own."""
+    prompt, seed = prompt or scene.caption(), random.Random(f"{SEED} {scene}").randrange(2**31)
+    return sample.generate(models, prompt, seed=seed, **SETTINGS, **settings)
+
+
 def drawn(scene: Scene, side: int = 64) -> np.ndarray:
     return draw([scene], height=side, width=side)[0].numpy()
 
 
 def from_text(models, scene: Scene, height: int, width: int) -> dict:
-    size = {"height": height, "width": width, "num_frames": 17}
-    return right(sample.generate(models, scene.caption(), seed=SEED, **size, **SETTINGS), scene)
+    return right(make(models, scene, height=height, width=width, num_frames=17), scene)
 
 
 def to_picture(models, scene: Scene) -> dict:
-    size = {"height": 64, "width": 64, "num_frames": 1}
-    frames = sample.generate(models, scene.caption(1), seed=SEED, **size, **SETTINGS)
+    frames = make(models, scene, scene.caption(1), height=64, width=64, num_frames=1)
     return right(frames, scene, ("color", "shape", "background"))
 
 
 def from_start(models, scene: Scene) -> dict:
     true = drawn(scene)
-    frames = sample.generate(models, scene.caption(), image=true[0], num_frames=17, seed=SEED, **SETTINGS)
+    frames = make(models, scene, image=true[0], num_frames=17)
     return {"first_psnr": psnr(frames[:1], true[:1]), "motion": right(frames, scene)["motion"]}
 
 
 def from_both_ends(models, scene: Scene) -> dict:
     """One object throughout: readable in all frames, of the scene's colour, its fit never that of two."""
-    true, ends = drawn(scene), {}
-    ends = {"image": true[0], "end_image": true[-1], "num_frames": 17}
-    frames = sample.generate(models, scene.caption(), seed=SEED, **ends, **SETTINGS)
+    true = drawn(scene)
+    frames = make(models, scene, image=true[0], end_image=true[-1], num_frames=17)
     found = read_attributes(frames)
     one = found is not None and found["color"] == scene.color and bool(found["fit"].min() > 0.5)
     return {"worse_end_psnr": min(psnr(frames[i][None], true[i][None]) for i in (0, -1)), "one_object": one}
@@ -78,7 +82,7 @@ def within_mask(models, scene: Scene) -> dict:
     )
     mask[:, rows, columns] = 255
     mask = mask if dice.random() < 0.5 else 255 - mask
-    frames = sample.generate(models, scene.caption(), video=true, mask=mask, seed=SEED, **SETTINGS)
+    frames = make(models, scene, video=true, mask=mask)
     return {"kept_psnr": psnr(frames, true, torch.from_numpy(mask == 0)), **right(frames, scene)}
 
 
@@ -88,10 +92,20 @@ def recolored(models, scene: Scene) -> dict:
     color = dice.choice([c for c in shapes.COLORS if c != scene.color])
     prompt = scene.caption().replace(scene.color, color, 1)
     strength = dice.uniform(0.7, 0.9)
-    frames = sample.generate(models, prompt, video=true, strength=strength, seed=SEED, **SETTINGS)
+    frames = make(models, scene, prompt, video=true, strength=strength)
     found, path, before = read_attributes(frames), shapes.path(frames), shapes.path(true)
     near = path is not None and (path - before).norm(dim=1).max().item() <= 0.1
     return {"strength": strength, "color": found is not None and found["color"] == color, "path": near}
+
+
+@torch.inference_mode()
+def reconstructed(models, scene: Scene, side: int) -> dict:
+    """What the VAE alone gives back of a drawn clip, from the posterior's mode."""
+    true = drawn(scene, side)
+    with models.use("vae", "encode") as vae:
+        pixels = vae.decode(vae.encode(to_pixels(true)[None].to(models.device)))
+    frames = to_uint8(pixels[0])
+    return {"psnr": psnr(frames, true), **right(frames, scene)}
 
 
 TASKS: dict[str, Callable] = {
@@ -109,6 +123,10 @@ TASKS: dict[str, Callable] = {
     "text 80x80": lambda models, scene: from_text(models, scene, 80, 80),
     "text 112x112": lambda models, scene: from_text(models, scene, 112, 112),
     "text 128x64": lambda models, scene: from_text(models, scene, 128, 64),
+    # the ceiling of all of them
+    "VAE 64x64": lambda models, scene: reconstructed(models, scene, 64),
+    "VAE 96x96": lambda models, scene: reconstructed(models, scene, 96),
+    "VAE 128x128": lambda models, scene: reconstructed(models, scene, 128),
 }
 
 
