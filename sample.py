@@ -817,7 +817,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--width", "multiple of 16; default: as for --height", type=int)
     add("--num-frames", "4k+1; 1 makes a picture; default: the model's own, or the clip's", type=int)
     add("--num-steps", "steps of the sampler", type=int)
-    add("--guidance-scale", "pull towards the prompt; 1: none; default: the model's", type=float)
+    add("--guidance-scale", "pull towards the prompt; 1: none; default: the model's own, else 6", type=float)
     add("--dynamic-guidance", "vary it over the steps, as the reference can", action="store_true")
     add("--guidance-interval", "timesteps to guide, 999 the noisiest", type=int, nargs=2)
     add("--noise-aug-strength", "noise on given pictures", type=float)

@@ -151,6 +151,11 @@ class TimestepEmbedding(nn.Module):
 # ---------------------------------------------------------------- one block
 
 
+def parted(tokens: Tensor, num_text: int) -> tuple[Tensor, Tensor]:
+    """Text and video of b L+n d; by `split`, whose backward fills one tensor, slices would take two."""
+    return tokens.split([num_text, tokens.shape[1] - num_text], dim=1)
+
+
 class AdaptiveNorm(nn.Module):
     """LayerNorm(x)·(1 + scale) + shift, with numbers from the timestep, of text and video each their own.
 
@@ -165,9 +170,9 @@ class AdaptiveNorm(nn.Module):
     def forward(self, tokens: Tensor, temb: Tensor, num_text: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         numbers = self.linear(F.silu(temb))[:, None]  # b 1 6d, video before text
         shift, scale, gate, text_shift, text_scale, text_gate = numbers.chunk(6, dim=-1)
-        tokens = self.norm(tokens)
-        text = torch.addcmul(text_shift, tokens[:, :num_text], 1 + text_scale)
-        video = torch.addcmul(shift, tokens[:, num_text:], 1 + scale)
+        text, video = parted(self.norm(tokens), num_text)
+        text = torch.addcmul(text_shift, text, 1 + text_scale)
+        video = torch.addcmul(shift, video, 1 + scale)
         return torch.cat([text, video], dim=1), (text_gate, gate)
 
 
@@ -234,9 +239,8 @@ class FeedForward(nn.Module):
 
 def add_gated(tokens: Tensor, branch: Tensor, gates: tuple[Tensor, Tensor], num_text: int) -> Tensor:
     """tokens + gate·branch, with one gate (b 1 d) for text and one for video."""
-    text = torch.addcmul(tokens[:, :num_text], gates[0], branch[:, :num_text])
-    video = torch.addcmul(tokens[:, num_text:], gates[1], branch[:, num_text:])
-    return torch.cat([text, video], dim=1)
+    pairs = zip(parted(tokens, num_text), gates, parted(branch, num_text))
+    return torch.cat([torch.addcmul(*pair) for pair in pairs], dim=1)
 
 
 class Block(nn.Module):
