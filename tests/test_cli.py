@@ -267,8 +267,16 @@ def test_help_shows_every_flag_and_its_default(capfd):
         sample.main(["--help"])
     text = " ".join(capfd.readouterr().out.split())
     assert stop.value.code == 0
-    for words in ("steps of the sampler (default 50)", "default: the model's own, else 6", "(default 0.0563)",
-                  "(default 0 999)", "(default 8.0)", "(default 1.0)", "checkpoints/tiny)", "(default outputs)"):  # fmt: skip
+    for words in (
+        "steps of the sampler (default 50)",
+        "default: the model's own, else 6",
+        "(default 0.0563)",
+        "(default 0 999)",
+        "(default 8.0)",
+        "(default 1.0)",
+        "checkpoints/tiny)",
+        "(default outputs)",
+    ):
         assert words in text
     for name in sample.Request.__dataclass_fields__.keys() - {"prompt", "latents", "randn"}:
         assert "--" + name.replace("_", "-") in text
