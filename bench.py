@@ -332,6 +332,7 @@ def compare(case: Case, rounds: int, device: torch.device) -> tuple[float, float
 def child(*arguments: str) -> str:
     """The last line that a fresh Python process prints."""
     command = [sys.executable, *arguments]
+    # With it ours alone would be compiled at every import; installed packages have their bytecode.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     if done.returncode:

@@ -165,7 +165,9 @@ class Schedule:
         """What the file says suits the model, under a key of ours that official ones lack; else 6."""
         scale = self.config.extra.get("guidance_scale", 6.0)
         if not (isinstance(scale, (int, float)) and 0 <= scale <= 1000):
-            raise ValueError(f"scheduler_config.json: guidance_scale = {scale!r:.60} is outside 0 … 1000")
+            raise ValueError(
+                f"scheduler_config.json: guidance_scale = {scale!r:.60} is outside 0 … 1000; try 6"
+            )
         return float(scale)
 
     @classmethod

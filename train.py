@@ -130,9 +130,9 @@ class Config:
     seed: int = 0
     num_shapes: int = 20_000  # clips in an epoch of --data shapes
     dit: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)  # if there is none yet
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)  # likewise
     vae: VAEConfig | None = None  # likewise; None: there has to be one
     t5: T5Config | None = None
-    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
 
 
 SIZES_512, SIZES_768, SIZES_1024 = (tuple(range(low, 1025, 128)) for low in (512, 768, 1024))

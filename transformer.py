@@ -152,7 +152,7 @@ class TimestepEmbedding(nn.Module):
 
 
 def parted(tokens: Tensor, num_text: int) -> tuple[Tensor, Tensor]:
-    """Text and video of b L+n d; by `split`, whose backward fills one tensor, slices would take two."""
+    """b L+n d -> text b L d and video b n d; the backward of `split` fills one tensor, of two slices two."""
     return tokens.split([num_text, tokens.shape[1] - num_text], dim=1)
 
 
