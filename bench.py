@@ -19,6 +19,7 @@ import datetime
 import gc
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -159,6 +160,7 @@ class Case:
     ours: Callable[[], Tensor]
     peer: Callable[[], Tensor] | None = None
     flops: float = 0.0
+    warm_up: Callable[[], object] | None = None  # a short form of `ours` that leaves it nothing to compile
 
 
 def clip(sizes: Sizes, num_frames: int, like: nn.Module) -> Tensor:
@@ -344,7 +346,6 @@ def growth(work: Callable[[], object], device: torch.device) -> float:
     """MB by which memory grows at its peak while `work` is done once: of the GPU, or of this process."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
@@ -416,7 +417,7 @@ def side_by_side(args: argparse.Namespace, device: torch.device) -> bool:
                     row += [f"{tflops:.0f} ({tflops / peak_tflops:.0%})" if case.flops else ""]
                 rows.append(row)
     empty = [""] * (3 if device.type == "cuda" else 0)
-    for dtype in args.dtypes if "vae" in args.only else ():
+    for dtype in args.dtypes if "vae" in args.only and "memory" not in args.leave_out else ():
         f, side = SIZES[args.sizes].num_frames[-1], SIZES[args.sizes].side
         for kind in ("encode", "decode"):
             name = f"VAE {kind} {f}×{side}²"
@@ -449,6 +450,9 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 # ---------------------------------------------------------------- a card: whole models
+
+
+ENOUGH = 10.0  # seconds after which a case is not repeated
 
 
 def matrix_rate(device: torch.device, dtype: str, n: int = 8192) -> float:
@@ -515,9 +519,10 @@ def sampling_card_case(
         models.loaded = networks(config, plan.models, dtype, device)
         for block in models.loaded["transformer"].transformer_blocks:
             block.compile()
-        settings = {"height": height, "width": width, "num_frames": f, "num_steps": plan.num_steps, "seed": 0}
+        settings = {"height": height, "width": width, "num_frames": f, "seed": 0}
+        run = partial(sample.generate, models, PROMPT, **settings)
         name = f"{label} prompt to frames, {height}×{width}×{f}, {plan.num_steps} guided steps, compiled"
-        yield Case(name, partial(sample.generate, models, PROMPT, **settings))
+        yield Case(name, partial(run, num_steps=plan.num_steps), warm_up=partial(run, num_steps=2))
 
 
 def other_card_cases(plan: Card, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -543,11 +548,17 @@ def card(args: argparse.Namespace, device: torch.device) -> None:
     groups = [kind(*model, plan, dtype, device) for model in models.items() for kind in kinds]
     rows = []
     for case in chain(*groups, other_card_cases(plan, dtype, device)):
+        if not re.search(args.match, case.name):
+            continue
         try:
-            case.ours()  # warm-up
+            (case.warm_up or case.ours)()
+            gc.collect()  # networks of the cases before
             before = torch.cuda.memory_allocated() / 1e6 if device.type == "cuda" else memory_mb()
-            peak = (growth(case.ours, device) + before) / 1e3
-            took = statistics.median(seconds(case.ours, device) for _ in range(args.rounds))
+            times = []
+            peak = (growth(lambda: times.append(seconds(case.ours, device)), device) + before) / 1e3
+            while len(times) < args.rounds and sum(times) < ENOUGH:
+                times.append(seconds(case.ours, device))
+            took = statistics.median(times)
         except torch.OutOfMemoryError:
             rows.append([case.name, "out of memory", "", "", ""])
             torch.cuda.empty_cache()
@@ -575,7 +586,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="turns of each")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the CPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--leave-out", nargs="*", choices=["import"], default=[], help="what else is measured")
+    add("--leave-out", nargs="*", choices=["import", "memory"], default=[], help="what else is measured")
+    add("--match", default="", help="of --card: only the work whose name this regular expression is found in")
     add("--memory", nargs=3, metavar=("CASE", "WHO", "DTYPE"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

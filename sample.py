@@ -92,6 +92,7 @@ class Models:
         self.model_dir, self.dtype, self.keep = Path(model_dir), dtype, keep
         self.device, self.loras = torch.device(device), list(loras)
         self.spread = False  # True: all ranks compute each velocity together, see parallel.py
+        self.compile = False  # True: the transformer's blocks by torch.compile
         config_file = component_dir(model_dir, "transformer") / "config.json"
         self.transformer_config = read_config(TransformerConfig, config_file)
         self.vae_config = read_config(VAEConfig, component_dir(model_dir, "vae") / "config.json")
@@ -169,6 +170,8 @@ class Models:
             from parallel import spread
 
             spread(module)
+        for block in module.transformer_blocks if self.compile and name == "transformer" else ():
+            block.compile()
         return module
 
 
@@ -828,6 +831,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--fps", "rate clips are read at and videos are written at", type=float, default=FPS)
     add("--dtype", "default: bfloat16 on a GPU, else float32", choices=DTYPES)
     add("--device", "such as cuda, cuda:1, mps, cpu; default: the best there is")
+    add("--compile", "torch.compile the transformer: slow to start, faster steps", action="store_true")
     add("--out", ".mp4, .gif, .png (a strip of frames), or a folder for NNNN.mp4", default="outputs")
     add("--from-latents", "only decode latents saved by an earlier run", metavar="FILE")
     add("--quiet", "print nothing but errors", action="store_true")
@@ -897,7 +901,9 @@ def open_models(args: argparse.Namespace, loras: list = []) -> Models:
         raise FileNotFoundError("there is no checkpoints/tiny; give --model a hub id or a checkpoint folder, "
                                 "such as tests/goldens/fun-2b-inp, whose weights are random")  # fmt: skip
     device, dtype = choose_device(args.device, args.dtype)
-    return load_models(find_model(args.model), dtype, device, loras=loras)
+    models = load_models(find_model(args.model), dtype, device, loras=loras)
+    models.compile = args.compile
+    return models
 
 
 def make_jobs(models: Models, args: argparse.Namespace) -> list[Job]:

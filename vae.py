@@ -86,12 +86,25 @@ class VAEConfig:
 def group_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel group over a whole chunk, in fp32: b c f h w -> twice b num_groups.
 
-    By torch's group-norm kernel, whose normalised output we throw away, on parts that stay in the processor's
-    cache; the law of total variance joins them. The kernel adds up in fp32, pixel after pixel, so parts are
-    short for one sample (flat pictures keep their digits) and long for a batch: that is training, where the
-    reference adds up whole chunks so, and we are compared with its rounding too.
+    The law of total variance joins those of parts. On a CPU they come from torch's group-norm kernel, whose
+    normalised output we throw away, on parts that stay in the processor's cache. It adds up in fp32, pixel
+    after pixel, so parts are short for one sample (flat pictures keep their digits) and long for a batch:
+    that is training, where the reference adds up whole chunks so, and we are compared with its rounding too.
     """
     return GroupStatistics.apply(x, num_groups)
+
+
+def part_statistics(part: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel group of pixels b n c, in fp32: twice b num_groups."""
+    if not part.is_cpu:  # on a GPU the kernel would round them to x's dtype
+        variance, mean = torch.var_mean(part.float().unflatten(2, (num_groups, -1)), (1, 3), correction=0)
+        return mean, variance
+    eps = 1e-6  # keeps 1/std finite; taken off again
+    b, n, c = part.shape
+    one = torch.ones(c)  # only fp32 affine parameters make the kernel return the statistics of bf16 in fp32
+    plane = part.contiguous().mT.unsqueeze(2)  # b c 1 n; contiguous() copies only where b > 1
+    _, mean, inverse_std = torch.native_group_norm(plane, one, one, b, c, n, num_groups, eps)
+    return mean.float(), inverse_std.float().pow(-2) - eps
 
 
 class GroupStatistics(torch.autograd.Function):
@@ -99,21 +112,13 @@ class GroupStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-        eps = 1e-6  # keeps 1/std finite; taken off again
         pixels = x.permute(0, 2, 3, 4, 1).flatten(1, 3)  # b n c, a view of channels-last memory
-        # On CPU only fp32 affine parameters make the kernel return the statistics of bf16 input in fp32.
-        one = None if x.is_cuda else torch.ones(x.shape[1], device=x.device)
-        means, variances, shares = [], [], []
-        for part in pixels.split(2**10 if len(pixels) == 1 else 2**14, dim=1):
-            b, n, c = part.shape
-            plane = part.contiguous().mT.unsqueeze(2)  # b c 1 n; contiguous() copies only where b > 1
-            _, mean, inverse_std = torch.native_group_norm(plane, one, one, b, c, n, num_groups, eps)
-            means.append(mean.float())
-            variances.append(inverse_std.float().pow(-2) - eps)
-            shares.append(n / pixels.shape[1])
+        length = 2**18 if not x.is_cpu else 2**10 if len(pixels) == 1 else 2**14
+        parts = pixels.split(length, dim=1)
+        shares = [part.shape[1] / pixels.shape[1] for part in parts]
         shares = torch.tensor(shares, device=x.device)[:, None, None]
-        means, variances = torch.stack(means), torch.stack(variances)  # parts b groups
-        mean = (means * shares).sum(0)
+        means, variances = map(torch.stack, zip(*(part_statistics(part, num_groups) for part in parts)))
+        mean = (means * shares).sum(0)  # of parts b groups
         ctx.save_for_backward(x, mean)
         return mean, ((variances + (means - mean).square()) * shares).sum(0)
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import sample
 from data import read_image, read_video, write_video
 from text_encoder import T5Config, T5Encoder
-from transformer import VideoTransformer
+from transformer import Block, VideoTransformer
 from vae import VAEConfig, VideoVAE
 
 INPAINT, V15, TEXT = GOLDENS / "fun-2b-inp", GOLDENS / "fun-1.5-5b-inp", GOLDENS / "cogvideox-2b-t2v"
@@ -50,7 +50,7 @@ def workplace(tmp_path, monkeypatch):
 def made(*words, model=INPAINT, **changes):
     """Run a command that must work; the names of the files it leaves in this folder."""
     settings = {"model": model, "num-steps": 2, "num-frames": 5, "seed": 1} | changes
-    flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+    flags = [f"--{name}={value}".removesuffix("=") for name, value in settings.items() if value is not None]
     assert sample.main([*words, *flags]) == 0
     return sorted(path.name for path in Path().rglob("*") if path.is_file())
 
@@ -97,6 +97,15 @@ def test_without_a_name_files_are_numbered():
     assert made("x")[:3] == ["0001.json", "0001.mp4", "0001.safetensors"]
     assert made("x", **{"num-frames": 1})[-2:] == ["0003.png", "0003.safetensors"]
     assert sorted(os.listdir("outputs"))[3:6] == ["0002.json", "0002.mp4", "0002.safetensors"]
+
+
+def test_compile_compiles_each_block_of_the_transformer(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(Block, "compile", lambda block: compiled.append(block))
+    made("x", model=TEXT, out="a.png")
+    assert not compiled
+    made("x", model=TEXT, out="b.png", compile="")
+    assert len(compiled) == 2
 
 
 def test_several_prompts_and_seeds_make_a_video_each():
