@@ -536,6 +536,18 @@ def other_card_cases(plan: Card, dtype: torch.dtype, device: torch.device) -> It
         yield Case(f"VAE decode, streamed, {height}×{width}×{f}", work)
 
 
+def measure(case: Case, rounds: int, device: torch.device) -> tuple[float, float]:
+    """Median of our seconds, and the peak of all memory in use meanwhile, in GB."""
+    (case.warm_up or case.ours)()
+    gc.collect()  # networks of the cases before
+    before = torch.cuda.memory_allocated() / 1e6 if device.type == "cuda" else memory_mb()
+    times: list[float] = []
+    peak = before + growth(lambda: times.append(seconds(case.ours, device)), device)
+    while len(times) < rounds and sum(times) < ENOUGH:
+        times.append(seconds(case.ours, device))
+    return statistics.median(times), peak / 1e3
+
+
 def card(args: argparse.Namespace, device: torch.device) -> None:
     """What the whole models cost; what does not fit says so, and the next goes on."""
     plan, name = CARDS[args.sizes], args.dtypes[-1]
@@ -551,14 +563,7 @@ def card(args: argparse.Namespace, device: torch.device) -> None:
         if not re.search(args.match, case.name):
             continue
         try:
-            (case.warm_up or case.ours)()
-            gc.collect()  # networks of the cases before
-            before = torch.cuda.memory_allocated() / 1e6 if device.type == "cuda" else memory_mb()
-            times = []
-            peak = (growth(lambda: times.append(seconds(case.ours, device)), device) + before) / 1e3
-            while len(times) < args.rounds and sum(times) < ENOUGH:
-                times.append(seconds(case.ours, device))
-            took = statistics.median(times)
+            took, peak = measure(case, args.rounds, device)
         except torch.OutOfMemoryError:
             rows.append([case.name, "out of memory", "", "", ""])
             torch.cuda.empty_cache()

@@ -33,6 +33,16 @@ def test_the_vaes_agree(kind):
         assert len(found) == 2 and all(bench.difference(case) < 1e-5 for case in found)
 
 
+def test_the_card_measures_what_is_asked_for(capsys):
+    match = "T5|208 tokens, eager, checkpointing full"
+    assert bench.main(["--card", "--match", match, "--rounds", "2", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    step, t5 = ([cell.strip(" |") for cell in line.split(" | ")] for line in said[-2:])
+    assert step[0] == "tiny forward + backward, 208 tokens, eager, checkpointing full"
+    assert t5[0] == "T5, two prompts" and said[-3].startswith("| --- ")
+    assert all(float(number) > 0 for number in (step[1], step[2], step[4], t5[1], t5[4]))
+
+
 def test_another_result_fails_the_run(monkeypatch, capsys):
     right = bench.T5Encoder.forward
     monkeypatch.setattr(bench.T5Encoder, "forward", lambda self, ids: 1.01 * right(self, ids))

@@ -1,10 +1,13 @@
 """generate() against the reference's pipelines: every mode of every variant, from file to final latents.
 
 After four guided steps latents agree to 1e-3 (the project's tolerance; measured: 1e-4 and mostly below 1e-5);
-frames to half a grey level, which is the rounding to uint8.
+frames to half a grey level, which is the rounding to uint8. On a GPU:
+
+    TEST_DEVICE=cuda pytest tests/test_sample.py -k equal
 """
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -19,6 +22,8 @@ from sample import Request, choose_size, generate, legal_num_frames, load_models
 ASSETS = GOLDENS / "fun-2b-inp/assets"
 LATENTS = 5e-4
 FRAMES = 0.5 / 255 + 1e-4
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+torch.backends.cudnn.allow_tf32 = False  # of a GPU: float32 with the digits of a CPU
 
 
 def recorded_draws(draws):
@@ -56,10 +61,10 @@ def check_run(variant, run, keys=None, **settings):
     for name in settings.keys() & {"image", "end_image"}:
         if isinstance(settings[name], str):
             settings[name] = GOLDENS / variant / "assets" / settings[name]
-    models = load_models(GOLDENS / variant)
+    models = load_models(GOLDENS / variant, device=DEVICE)
     prompt = prompts["prompts"][0]
     latents = generate(models, prompt, output="latents", randn=randn, **settings)
-    assert_close(latents, final, LATENTS)
+    assert_close(latents.cpu(), final, LATENTS)
     assert not randn.left and not models.loaded
     if f"pipe.{run}.video" in want:
         randn = recorded_draws([want[f"pipe.{run}.rand{i}"] for i in keys])
