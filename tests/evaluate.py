@@ -27,7 +27,7 @@ from data import to_pixels, to_uint8
 from shapes import HELD_OUT, Scene, draw, psnr, read_attributes, sample_scene
 
 SEED = 2026
-SETTINGS = {"num_steps": 50, "guidance_scale": 3.0}  # and the model's own sampler
+SETTINGS = {"num_steps": 50, "guidance_scale": 2.0}  # and the model's own sampler
 WORDS = ("color", "shape", "motion", "background")
 
 

@@ -31,7 +31,7 @@ def test_the_default_model_shows_the_color_and_ground_asked_for(tmp_path):
     assert found["color"] == "red" and found["background"] == "black"
     assert len(found["areas"]) == 17
     record = json.loads(out.with_suffix(".json").read_text())
-    assert record["guidance_scale"] == 3.0 == Schedule.from_pretrained(TINY).default_guidance_scale
+    assert record["guidance_scale"] == 2.0 == Schedule.from_pretrained(TINY).default_guidance_scale
 
 
 def test_words_it_does_not_know_are_named_with_those_it_knows(tmp_path, capsys):
