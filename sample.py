@@ -1038,6 +1038,13 @@ def run(args: argparse.Namespace) -> None:
     say(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in models.seconds.items()))
 
 
+def compile_failure(error: BaseException) -> str | None:
+    """What to say where torch.compile fails, for want of a C++ compiler for instance; else None."""
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile: {str(error).splitlines()[0]}; leave out --compile"
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 if all went well, 2 with one line on stderr if not."""
     args = parse(sys.argv[1:] if argv is None else argv)
@@ -1052,9 +1059,11 @@ def main(argv: list[str] | None = None) -> int:
                 f"{error.filename or 'a file'}: {error.strerror}; is the path right, and may it be used?"
             )
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "alloc" not in str(error).lower():
-            raise  # a mistake of ours, and its traceback is wanted
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "alloc" in str(error).lower()
         message = "out of memory; try a smaller --height, --width or --num-frames, or --dtype bfloat16"
+        message = compile_failure(error) or (message if is_memory else None)
+        if message is None:
+            raise  # a mistake of ours, and its traceback is wanted
     except KeyboardInterrupt:
         message = "interrupted"
     print(f"sample.py: error: {one_line(message)}", file=sys.stderr)

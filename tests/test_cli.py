@@ -108,6 +108,17 @@ def test_compile_compiles_each_block_of_the_transformer(monkeypatch):
     assert len(compiled) == 2
 
 
+def test_without_a_compiler_one_line_says_so(monkeypatch, capfd):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def fail(block):
+        raise TorchDynamoException("no working C++ compiler\n\na page more")
+
+    monkeypatch.setattr(Block, "compile", fail)
+    said = refused(capfd, "x", "--model", str(TEXT), "--compile", "--out", "a.png")
+    assert "no working C++ compiler; leave out --compile" in said
+
+
 def test_several_prompts_and_seeds_make_a_video_each():
     assert (
         sample.main(
