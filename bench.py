@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import sample
 from checkpoint import write_config
-from data import to_pixels
+from media import to_pixels
 from text_encoder import T5Config, T5Encoder
 from transformer import CHECKPOINTING, TransformerConfig, VideoTransformer
 from vae import VAEConfig, VideoVAE
