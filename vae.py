@@ -205,9 +205,9 @@ class Upsample(nn.Module):
             return x
         is_start = self not in cache
         cache[self] = True
-        num_alone = x.shape[2] % 2 if is_start else 0
-        alone, others = x[:, :, :num_alone], x[:, :, num_alone:]
-        return torch.cat([alone, others.repeat_interleave(2, dim=2)], dim=2)
+        num_frames = x.shape[2]
+        x = F.interpolate(x, scale_factor=(2.0, 1.0, 1.0))
+        return x[:, :, 1:] if is_start and num_frames % 2 == 1 else x
 
     def enlarge(self, x: Tensor) -> Tensor:
         """b c f h w -> b c f 2h 2w"""

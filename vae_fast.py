@@ -26,7 +26,7 @@ LAST_2D, LAST_3D = torch.channels_last, torch.channels_last_3d
 
 def speed_up(model: VideoVAE) -> None:
     """Change a loaded VAE in place, for inference alone: it no longer learns, and gradients are refused."""
-    for module in model.modules():
+    for module in model.modules():  # the same attributes, other methods
         module.__class__ = FAST.get(type(module), type(module))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -71,19 +71,26 @@ def group_norm_affine(norm: nn.GroupNorm, x: Tensor) -> Affine:
     return scale[:, :, None, None, None], shift[:, :, None, None, None]
 
 
-def modulate(x: Tensor, affine: Affine, out: Tensor) -> None:
+def modulate(x: Tensor, affine: Affine, out: Tensor) -> Tensor:
     """out = x * scale + shift in one pass, scale and shift repeated up to x's size as by `vae.enlarge`."""
     scale, shift = affine
-    num_frames = x.shape[2]
-    if scale.shape[2] > 1 and num_frames % 2 == 1:
+    if scale.shape[2] > 1 and x.shape[2] % 2 == 1:  # frame 0 is latent 0's alone
         modulate(x[:, :, :1], (scale[:, :, :1], shift[:, :, :1]), out[:, :, :1])
         modulate(x[:, :, 1:], (scale[:, :, 1:], shift[:, :, 1:]), out[:, :, 1:])
-        return
-    f, h = scale.shape[2:4]
-    scale, shift = (F.interpolate(m.to(x.dtype), (f, h, x.shape[4])) for m in affine)  # b c f' h' w
-    scale, shift = (m.contiguous(memory_format=LAST_3D)[:, :, :, None, :, None] for m in (scale, shift))
-    x, out = (t.unflatten(3, (h, -1)).unflatten(2, (f, -1)) for t in (x, out))  # b c f' f/f' h' h/h' w
-    torch.addcmul(shift, x, scale, out=out)
+        return out
+    grid = scale.shape[2:4]
+
+    def per_latent(t: Tensor) -> Tensor:
+        """b c f h w -> b c f' f/f' h' h/h' w, a view: each row of pixels beside its latents' f' h'."""
+        return t.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
+
+    def in_rows(latents: Tensor) -> Tensor:
+        """b c f' h' w' -> b c f' 1 h' 1 w, repeated along rows alone: they lie in memory as x's rows do."""
+        rows = F.interpolate(latents.to(x.dtype), (*grid, x.shape[4]))
+        return rows.contiguous(memory_format=LAST_3D)[:, :, :, None, :, None]
+
+    torch.addcmul(in_rows(shift), per_latent(x), in_rows(scale), out=per_latent(out))
+    return out
 
 
 def empty_frames(x: Tensor, channels: int, num_frames: int) -> Tensor:
@@ -99,9 +106,7 @@ class GroupNorm(vae.GroupNorm):
         return group_norm_affine(self, x)
 
     def forward(self, x: Tensor, z: None) -> Tensor:
-        out = torch.empty_like(x)
-        modulate(x, self.scale_and_shift(x, z), out)
-        return out
+        return modulate(x, self.scale_and_shift(x, z), out=torch.empty_like(x))
 
 
 class SpatialNorm(vae.SpatialNorm):
@@ -112,7 +117,8 @@ class SpatialNorm(vae.SpatialNorm):
         y = self.conv_y(z).float()
         return scale * y, shift * y + self.conv_b(z)
 
-    forward = GroupNorm.forward
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return modulate(x, self.scale_and_shift(x, z), out=torch.empty_like(x))
 
 
 # ---------------------------------------------------------------- convolutions
