@@ -8,16 +8,7 @@ from conftest import GOLDENS, VARIANTS, assert_close, expected
 from torch import nn
 
 from inpaint import inpaint_condition, resize_mask
-from vae import (
-    CausalConv3d,
-    Downsample,
-    Upsample,
-    VAEConfig,
-    VideoVAE,
-    decode_chunks,
-    encode_chunks,
-    group_statistics,
-)
+from vae import Downsample, Upsample, VAEConfig, VideoVAE, decode_chunks, encode_chunks, run_chunks
 
 FP32 = 2e-5  # outputs are of order 1 and pass some 60 layers; we measured at most 2.3e-6
 
@@ -34,25 +25,23 @@ def pixels_of(video_u8):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("grad", [False, True])
-def test_moments_and_decodes_equal_the_reference(variant, grad):
+def test_moments_and_decodes_equal_the_reference(variant):
     want, vae = expected(variant), VideoVAE.from_pretrained(GOLDENS / variant)
     pixels, scale = pixels_of(want["vae.video_u8"]), vae.config.scaling_factor
     compared = 0
-    with torch.set_grad_enabled(grad):  # recording gradients takes the other branch of norm_silu
-        for name, theirs in want.items():
-            kind, _, count = name.rpartition(".")
-            if kind == "vae.encode":
-                ours = torch.cat(vae.moments(pixels[:, :, : int(count[1:])]), dim=1)
-            elif kind == "vae.decode":
-                latents = want["vae.z"][:, :, : int(count[1:])] * scale
-                ours = vae.decode(latents, first_alone=variant.startswith("fun"))
-            elif kind == "vae.decode_autosplit":
-                ours = vae.decode(want["vae.z"][:, :, : int(count[1:])] * scale, first_alone=False)
-            else:
-                continue
-            assert_close(ours, theirs, FP32)
-            compared += 1
+    for name, theirs in want.items():
+        kind, _, count = name.rpartition(".")
+        if kind == "vae.encode":
+            ours = torch.cat(vae.moments(pixels[:, :, : int(count[1:])]), dim=1)
+        elif kind == "vae.decode":
+            latents = want["vae.z"][:, :, : int(count[1:])] * scale
+            ours = vae.decode(latents, first_alone=variant.startswith("fun"))
+        elif kind == "vae.decode_autosplit":
+            ours = vae.decode(want["vae.z"][:, :, : int(count[1:])] * scale, first_alone=False)
+        else:
+            continue
+        assert_close(ours, theirs, FP32)
+        compared += 1
     assert compared >= 2
 
 
@@ -150,6 +139,15 @@ def test_encode_scales_the_mode_or_a_sample():
     assert (sample - mean * 0.7).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("inverted, scale", [(False, 0.7), (True, 1 / 0.7)])
+def test_a_start_picture_is_a_sample_scaled_its_own_way(inverted, scale):
+    vae, pixels = tiny(scaling_factor=0.7, invert_scale_latents=inverted), torch.rand(2, 3, 1, 16, 24) * 2 - 1
+    mean, logvar = vae.moments(pixels)
+    noise = torch.randn(2, 16, 1, 2, 3)
+    sample = mean + (logvar / 2).exp() * noise
+    assert_close(vae.encode_first_picture(pixels, noise), sample * scale, 1e-6)
+
+
 def test_log_variances_are_clamped_only_for_the_standard_deviation():
     vae = tiny(scaling_factor=1.0)
     mean, noise = torch.zeros(1, 16, 1, 1, 1), torch.ones(1, 16, 1, 1, 1)
@@ -157,21 +155,12 @@ def test_log_variances_are_clamped_only_for_the_standard_deviation():
     assert_close(vae.posterior(mean, mean - 100, noise), mean + torch.tensor(-15.0).exp(), 1e-12)
 
 
-def test_frames_convolved_in_pairs_equal_frames_convolved_alone():
-    torch.manual_seed(0)
-    layer, x = CausalConv3d(64, 8), torch.randn(2, 64, 6, 32, 40)
-    with torch.no_grad():
-        assert_close(layer.convolve(x), layer.conv(x), 1e-5)
-        assert_close(layer.convolve_pairs(x[..., :4, :5]), layer.conv(x[..., :4, :5]), 1e-5)
-
-
-def test_the_upsampler_equals_nearest_then_convolution():
-    up = Upsample(6, time=True)
-    x = torch.randn(2, 6, 3, 5, 4)
+def test_the_upsampler_repeats_frames_but_the_very_first_once():
+    up, x, cache = Upsample(6, time=True), torch.randn(2, 6, 3, 5, 4), {}
     big = nn.functional.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2.0)
     plain = up.conv(big).unflatten(0, (2, 3)).transpose(1, 2)
-    assert_close(up(x, is_start=True), plain[:, :, [0, 1, 1, 2, 2]], 1e-5)
-    assert_close(up(x, is_start=False), plain[:, :, [0, 0, 1, 1, 2, 2]], 1e-5)
+    assert_close(up(x, cache, None), plain[:, :, [0, 1, 1, 2, 2]], 1e-5)
+    assert_close(up(x, cache, None), plain[:, :, [0, 0, 1, 1, 2, 2]], 1e-5)
 
 
 def test_the_downsampler_averages_pairs_after_an_odd_first_frame():
@@ -179,8 +168,8 @@ def test_the_downsampler_averages_pairs_after_an_odd_first_frame():
     still = Downsample(4, time=False)
     still.conv = down.conv
     pooled = torch.stack([x[:, :, 0], (x[:, :, 1] + x[:, :, 2]) / 2, (x[:, :, 3] + x[:, :, 4]) / 2], dim=2)
-    assert_close(down(x), still(pooled), 1e-6)
-    assert_close(down(x[:, :, 1:]), still(pooled[:, :, 1:]), 1e-6)
+    assert_close(down(x, {}, None), still(pooled, {}, None), 1e-6)
+    assert_close(down(x[:, :, 1:], {}, None), still(pooled[:, :, 1:], {}, None), 1e-6)
 
 
 def test_the_future_never_changes_the_past():
@@ -192,22 +181,32 @@ def test_the_future_never_changes_the_past():
     assert not torch.equal(vae.decode(latents)[:, :, 9:], vae.decode(changed)[:, :, 9:])
 
 
-def test_group_statistics_survive_a_large_mean_and_uneven_parts():
-    """1e-3: the kernel forms E[x²] − E[x]² from fp32 sums of 2¹⁴ pixels."""
-    x = torch.randn(2, 8, 9, 40, 50) + 3  # 18000 pixels: one full part and a shorter one
-    x[:, :, 1:3] += 2  # so that the parts' means differ
-    for exact, ours in ((x, x), (x.bfloat16().float(), x.bfloat16())):
-        mean, variance = group_statistics(ours, 4)
-        exact = exact.double().unflatten(1, (4, 2)).flatten(2)
-        assert_close(mean, exact.mean(2), 1e-3)
-        assert_close(variance, exact.var(2, correction=0), 1e-3)
+def flat_clips() -> dict[str, torch.Tensor]:
+    """1 3 17 64 64 without texture: blacked-out frames are what an inpaint model is mostly shown."""
+    black = torch.full((1, 3, 17, 64, 64), -1.0)
+    start = black.clone()
+    start[:, :, 0] = torch.rand(3, 64, 64) * 2 - 1
+    return {"all black": black, "flat grey": black * -0.5, "only the start known": start}
+
+
+@pytest.mark.parametrize("name", ["all black", "flat grey", "only the start known"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_flat_pictures_keep_their_digits(name, batch):
+    """3e-5 against float64: where all pixels are equal, careless sums of fp32 would give 1e-3 or worse."""
+    pixels = flat_clips()[name].repeat(batch, 1, 1, 1, 1)
+    vae = VideoVAE.from_pretrained(GOLDENS / "fun-2b-inp")
+    exact = VideoVAE.from_pretrained(GOLDENS / "fun-2b-inp", dtype=torch.float64)
+    with torch.no_grad():
+        theirs = torch.cat(exact.moments(pixels))
+        for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+            ours = torch.cat(vae.moments(pixels.contiguous(memory_format=memory_format)))
+            assert_close(ours, theirs, 3e-5)
 
 
 def test_bf16_stays_within_rounding_of_fp32():
     vae, pixels = tiny(), torch.rand(1, 3, 9, 16, 16) * 2 - 1
     exact = vae.decode(vae.encode(pixels))
     rough = vae.to(torch.bfloat16)
-    rough._to_channels_last()
     ours = rough.decode(rough.encode(pixels))
     assert ours.dtype == torch.bfloat16
     assert_close(ours.float(), exact, 0.1 * exact.abs().max().item())  # 60 layers of 3 significant digits
@@ -231,12 +230,24 @@ def test_start_and_end_masks_resize_as_in_the_reference():
     assert_close(resize_mask(known, (3, 8, 4)), want["pre.start_end.resized_mask"], 1e-6)
 
 
+def moments_as_recorded(vae, pixels):
+    """On channels-last memory, as the reference's loader handed pixels over.
+
+    Torch's group norm then loses digits where a picture is flat, here 2e-4 against float64, and the recorded
+    numbers have it. Ours have not, see `test_flat_pictures_keep_their_digits`.
+    """
+    pixels = pixels.contiguous(memory_format=torch.channels_last_3d)
+    moments = torch.cat(list(run_chunks(vae.encoder, pixels, encode_chunks(pixels.shape[2]))), dim=2)
+    return moments.chunk(2, dim=1)
+
+
 @pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-5b-inp", "fun-1.5-5b-inp"])
 def test_training_conditions_equal_the_reference(variant, monkeypatch):
     """pixels, masks, the 90 % rule and every posterior draw as recorded from the reference's train.py."""
     want, vae = expected(variant), VideoVAE.from_pretrained(GOLDENS / variant)
     pixels = pixels_of(want["train.pixels_u8"]).transpose(1, 2)
     mask = want["train.mask_u8"].float().transpose(1, 2)
+    monkeypatch.setattr(vae, "moments", lambda pixels, tiled=False: moments_as_recorded(vae, pixels))
     draws = iter([want["train.eps_latents"], want["train.eps_masked"]])
     monkeypatch.setattr(torch, "randn", lambda *shape, **_: next(draws))
     latents = vae.encode(pixels, generator=torch.Generator())
@@ -274,25 +285,21 @@ def test_an_all_masked_sample_is_zeroed_only_when_told_so():
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes",
     [
-        ({"act_fn": "gelu"}, "silu"),
-        ({"temporal_compression_ratio": 8}, "must be 4"),
-        ({"use_quant_conv": True}, "use_quant_conv"),
-        ({"scaling_factor": 0.0}, "scaling_factor"),
-        ({"norm_num_groups": 3}, "norm_num_groups"),
+        {"act_fn": "gelu"},
+        {"temporal_compression_ratio": 8},
+        {"use_quant_conv": True},
+        {"block_out_channels": [8, 8]},
     ],
 )
-def test_a_config_we_cannot_honour_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_config_we_cannot_honour_is_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
         VAEConfig(**changes)
 
 
-def test_shapes_that_cannot_work_are_named():
-    vae = tiny()
-    with pytest.raises(ValueError, match="multiples of 8"):
-        vae.moments(torch.zeros(1, 3, 5, 20, 16))
-    with pytest.raises(ValueError, match="latents of shape"):
-        vae.decode(torch.zeros(1, 4, 1, 2, 2))
+def test_sizes_that_cannot_work_are_named():
+    with pytest.raises(ValueError, match="20 × 16; the VAE takes multiples of 8"):
+        tiny().moments(torch.zeros(1, 3, 5, 20, 16))
     with pytest.raises(ValueError, match="does not fit"):
-        inpaint_condition(vae, torch.zeros(1, 3, 5, 16, 16), torch.zeros(1, 1, 1, 16, 16))
+        inpaint_condition(tiny(), torch.zeros(1, 3, 5, 16, 16), torch.zeros(1, 1, 1, 16, 16))
