@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 import data
+import inpaint
 from checkpoint import component_dir, open_safetensors, save_tensors
-from data import Bucket, Record, Sample
+from data import Record, Sample
+from sizes import Bucket
 
 VERSION = 2
 
@@ -54,7 +56,7 @@ class LatentCache:
         self.draws = config.cached_draws
         self.clip_key = _hash(VERSION, _weights(task, "vae"), task.dtype, task.kind, config.fps)
         self.condition_key = _hash(
-            data.MASK_KINDS, data.TEXT_ONLY, config.text_only, dit.add_noise_in_inpaint_model
+            inpaint.MASK_KINDS, data.TEXT_ONLY, config.text_only, dit.add_noise_in_inpaint_model
         )
         text_weights = [_weights(task, name) for name in ("text_encoder", "tokenizer") if with_text]
         self.text_key = _hash(VERSION, text_weights, task.dtype, dit.max_text_seq_length)

@@ -32,6 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from runtime import atomic_write, sync
+
 MAX_SHARD_BYTES = 10 * 2**30  # like diffusers: anything smaller stays one file
 MAX_TEXT_BYTES = 64 * 2**20  # of a JSON or tokenizer file; the largest real ones have a few
 
@@ -272,27 +274,6 @@ def load_weights(
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that is synced to disk and renamed to `path` if the block succeeds.
-
-    A kill at any moment leaves either the old file or the new one, never half of one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # writers look at the suffix
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors would make files private
-        yield temporary
-        temporary.chmod(mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Like `atomic_write` for a whole folder: it appears complete, synced and named, or not at all."""
     path = Path(path)
@@ -303,8 +284,8 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for part in sorted(temporary.rglob("*")):
-            _sync(part)
-        _sync(temporary)
+            sync(part)
+        sync(temporary)
         if path.exists():  # a folder cannot be replaced in one step: move the old one aside first
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, old)
@@ -312,7 +293,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -334,14 +315,6 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
     temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -44,7 +44,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import (
-    atomic_write,
     build,
     check_weights,
     component_dir,
@@ -53,8 +52,10 @@ from checkpoint import (
     read_config,
     save_tensors,
 )
-from data import read_image, read_mask, read_video, resize, to_pixels, to_uint8, write_video
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
+from inpaint import add_reference_noise, inpaint_condition
+from media import read_image, read_mask, read_video, resize, to_pixels, to_uint8, write_video
+from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, fail, in_one_line
 from text_encoder import ALIASES, T5Config, T5Encoder, Tokenizer
 from transformer import (
     TransformerConfig,
@@ -66,7 +67,7 @@ from transformer import (
     model_kind,
     native_size,
 )
-from vae import VAEConfig, VideoVAE, decoded_frames, inpaint_condition
+from vae import VAEConfig, VideoVAE, decoded_frames
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 SMALL_TOKENS = 1024  # up to here both prompts go through the network together
@@ -417,8 +418,8 @@ def encode_condition(
         if pixels is None or job.mask is None:  # nothing is known
             return torch.zeros(1, shape[1] + 1, *shape[2:])
         if config.add_noise_in_inpaint_model and request.noise_aug_strength > 0:
-            noise = request.noise_aug_strength * randn(tuple(pixels.shape)).to(pixels)
-            pixels = torch.where(pixels == -1, pixels, pixels + noise)  # not on black, as in the reference
+            noise = randn(tuple(pixels.shape)).to(pixels)
+            pixels = add_reference_noise(pixels, request.noise_aug_strength, noise)
         return inpaint_condition(vae, pixels, job.mask[None, None].to(pixels))
     if models.kind == "control":
         return vae.encode(pixels)
@@ -749,21 +750,6 @@ def output_paths(target: Path, count: int, suffix: str) -> list[Path]:
 
 # ---------------------------------------------------------------- several processes: torchrun
 
-RANK, NUM_RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-
-
-def agree(value: object) -> object:
-    """What rank 0 says; no rank goes on before all are here."""
-    if NUM_RANKS > 1:
-        if not torch.distributed.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            torch.distributed.init_process_group(backend)
-        values = [value]
-        torch.distributed.broadcast_object_list(values)
-        torch.distributed.barrier()
-        [value] = values
-    return value
-
 
 def share(models: Models, jobs: list) -> list:
     """This rank's part of the jobs; or all, if there are fewer than ranks: then all ranks work on each.
@@ -779,9 +765,6 @@ def writes(models: Models) -> bool:
 
 
 # ---------------------------------------------------------------- command line
-
-
-DTYPES = ["float32", "bfloat16", "float16"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -875,32 +858,15 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(file), weight
 
 
-def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """The device asked for or the best there is, and the dtype asked for or its usual one."""
-    if NUM_RANKS > 1 and torch.cuda.is_available() and name in (None, "cuda"):  # one for each process
-        rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if rank >= count:
-            raise ValueError(f"there are more processes than GPUs; try --nproc_per_node={count}")
-        name = f"cuda:{rank}"
-        torch.cuda.set_device(name)
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()  # not on "meta", which computes nothing
-    except Exception:  # each kind of device fails in its own way
-        raise ValueError(f"--device {name} is not available here; try cpu") from None
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} should be one of {', '.join(DTYPES)}")
-    return device, getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-
-
 def open_models(args: argparse.Namespace, loras: list = []) -> Models:
     """The models of --model on --device in --dtype; ValueError or OSError if one of them cannot be had."""
     if args.model is TINY and not TINY.is_dir():
         raise FileNotFoundError("there is no checkpoints/tiny; give --model a hub id or a checkpoint folder, "
                                 "such as tests/goldens/fun-2b-inp, whose weights are random")  # fmt: skip
-    device, dtype = choose_device(args.device, args.dtype)
+    device = choose_device(args.device)
+    if args.dtype not in (None, *DTYPES):  # of a record, where argparse does not look
+        raise ValueError(f"dtype {args.dtype!r} should be one of {', '.join(DTYPES)}")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     models = load_models(find_model(args.model), dtype, device, loras=loras)
     models.compile = args.compile
     return models
@@ -1038,11 +1004,7 @@ def run(args: argparse.Namespace) -> None:
     say(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in models.seconds.items()))
 
 
-def compile_failure(error: BaseException) -> str | None:
-    """What to say where torch.compile fails, for want of a C++ compiler for instance; else None."""
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile: {str(error).splitlines()[0]}; leave out --compile"
-    return None
+MEMORY_REMEDY = "try a smaller --height, --width or --num-frames, or --dtype bfloat16"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1052,22 +1014,11 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings(action="ignore"):  # of libraries: no help to someone at a terminal
             run(args)
         return 0
-    except (ValueError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError) and error.errno is not None:
-            message = (
-                f"{error.filename or 'a file'}: {error.strerror}; is the path right, and may it be used?"
-            )
-    except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "alloc" in str(error).lower()
-        message = "out of memory; try a smaller --height, --width or --num-frames, or --dtype bfloat16"
-        message = compile_failure(error) or (message if is_memory else None)
+    except (Exception, KeyboardInterrupt) as error:
+        message = in_one_line(error, MEMORY_REMEDY)
         if message is None:
             raise  # a mistake of ours, and its traceback is wanted
-    except KeyboardInterrupt:
-        message = "interrupted"
-    print(f"sample.py: error: {one_line(message)}", file=sys.stderr)
-    return 2
+    return fail("sample.py", message)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import checkpoint
 import data
 import sample
-from data import Batch, Loader, Plan, Record, Sample, epoch_batches, rng, to_uint8, write_video
+from data import Batch, Loader, Plan, Record, Sample, epoch_batches
 from diffusion import NUM_TIMESTEPS, Schedule, ScheduleConfig
-from sample import NUM_RANKS, RANK
+from inpaint import add_reference_noise, draw_noise_sigma, encode_known, join_condition
+from media import to_uint8, write_video
+from runtime import (
+    NUM_RANKS,
+    RANK,
+    atomic_write,
+    computes_bfloat16,
+    in_one_line,
+    join_ranks,
+    say,
+    sum_over_ranks,
+    wait_for_ranks,
+)
+from runtime import choose_device as find_device
+from runtime import generator as rng
 from text_encoder import T5Config, T5Encoder, Tokenizer
 from transformer import (
     CHECKPOINTING,
@@ -68,7 +82,7 @@ from transformer import (
     max_num_frames,
     model_kind,
 )
-from vae import VAEConfig, VideoVAE, hide, join_condition, resize_mask, sample_posterior
+from vae import VAEConfig, VideoVAE, sample_posterior
 
 Key = tuple[int, int, int]  # (seed, epoch, sample index): what every draw is a function of
 VALIDATION_EPOCH = -1  # so that validation never shares a draw with training
@@ -194,37 +208,12 @@ PRESETS = {  # --preset, --train
 # A rank works on its share of the micro-batches of a step; gradients are averaged. Rank 0 writes.
 
 
-@functools.cache
-def join_ranks() -> dist.Store | None:
-    """Meet the other processes, to speak by NCCL of what is on GPUs and by Gloo of what is not.
-
-    returns: a store that all can read and write, or None if there are no others
-    """
-    if NUM_RANKS == 1:
-        return None
-    store, rank, num_ranks = next(dist.rendezvous("env://"))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
-    return store
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """In place; on the CPU it is also where ranks wait for each other."""
-    if NUM_RANKS > 1:
-        dist.all_reduce(values)
-    return values
-
-
 def average_over_ranks(tensors: list[Tensor]) -> None:
     """In place, in one message in place of a hundred."""
     if NUM_RANKS > 1 and tensors:
         joined = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / NUM_RANKS
         for tensor, average in zip(tensors, joined.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(average.view_as(tensor))
-
-
-def wait_for_ranks() -> None:
-    sum_over_ranks(torch.zeros(1))
 
 
 def shard(dit: VideoTransformer, device: torch.device) -> None:
@@ -235,11 +224,6 @@ def shard(dit: VideoTransformer, device: torch.device) -> None:
             fully_shard(module, mesh=mesh)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # it is not written to
         register_fsdp_forward_method(dit, "project_text")
-
-
-def say(text: str) -> None:
-    if RANK == 0:
-        print(text, flush=True)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -415,20 +399,13 @@ class Denoising:
         pixels = batch.pixels.to(self.device)
         if self.dit.config.add_noise_in_inpaint_model:
             noise = normal(pixels.shape[1:], keys, "reference noise", self.device)
-            sigmas = [data.draw_noise_sigma(rng(*key, "reference sigma")) for key in keys]
+            sigmas = [draw_noise_sigma(rng(*key, "reference sigma")) for key in keys]
             sigma = pixels.new_tensor(sigmas).view(-1, 1, 1, 1, 1)
-            pixels = data.add_reference_noise(pixels, sigma, noise)
+            pixels = add_reference_noise(pixels, sigma, noise)
         chances = torch.cat([torch.rand(1, generator=rng(*key, "mask dropped")) for key in keys])
         dropped = chances < self.config.text_only
         mask = (batch.mask | dropped[:, None, None, None])[:, None].to(pixels)
-        hidden, zero = hide(pixels, mask, (batch.zero_if_all_masked | dropped).to(self.device))
-        f, h, w = hidden.shape[2:]
-        grid = (f + 3) // 4, h // 8, w // 8
-        shape = len(hidden), 2 * self.vae_config.latent_channels, *grid
-        moments = torch.zeros(shape, dtype=self.vae.dtype, device=self.device)
-        if not zero.all():  # what a zero condition would hide is not encoded
-            moments[~zero] = torch.cat(self.vae.moments(hidden[~zero]), dim=1)
-        return {"masked": moments, "known": resize_mask(1 - mask, grid), "zero": zero}
+        return encode_known(self.vae, pixels, mask, (batch.zero_if_all_masked | dropped).to(self.device))
 
     def text(self, captions: list[str]) -> Tensor:
         """b L d"""
@@ -455,8 +432,10 @@ class Denoising:
         if self.kind == "control":
             condition = latents("control", "control posterior").float()
         if self.kind == "inpaint":
-            masked = latents("masked", "masked posterior")
-            condition = join_condition(masked, moments["known"], moments["zero"], self.vae_config).float()
+            shape = moments["latents"].shape[1] // 2, *moments["latents"].shape[2:]
+            noise = normal(shape, keys, "masked posterior", self.device)
+            shown = {name: moments[name] for name in ("masked", "known", "zero")}
+            condition = join_condition(**shown, noise=noise, config=self.vae_config).float()
         return clean, condition
 
     def losses(self, batch: Sample, keys: list[Key], timesteps: Tensor) -> Tensor:
@@ -926,7 +905,7 @@ def draw_curve(log: Path, path: Path, width: int = 960, height: int = 480) -> No
         pen.text((left, 10), f"{label} {math.exp(high):.4g}", color)
         ends = f"{math.exp(low):.4g}; at step {curve[-1][0]} {curve[-1][1]:.4g}"
         pen.text((left, height - 25), f"{label} {ends}", color)
-    with checkpoint.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         picture.save(temporary)
 
 
@@ -1104,12 +1083,8 @@ class Run:
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """The device asked for or the best there is; bfloat16 where it computes in it, else float32."""
-    device, _ = sample.choose_device(args.device, None)
-    has_bf16 = {
-        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": lambda: torch.cpu._is_avx512_bf16_supported(),
-    }
-    dtype = args.dtype or ("bfloat16" if has_bf16.get(device.type, lambda: False)() else "float32")
+    device = find_device(args.device)
+    dtype = args.dtype or ("bfloat16" if computes_bfloat16(device) else "float32")
     return device, getattr(torch, dtype)
 
 
@@ -1344,19 +1319,12 @@ def main(argv: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if store and store.add("failed", 1) > 1:
             return 2  # an error of one rank is soon one of all, but the first alone knows why
-        if isinstance(error, torch.OutOfMemoryError):
-            remedy = "try a smaller --batch-size or --max-tokens, or --activation-checkpointing"
-            error = f"out of memory; {remedy}"
-        elif message := sample.compile_failure(error):
-            error = message
-        elif isinstance(error, KeyboardInterrupt):
-            error = "interrupted; the last checkpoint can be resumed"
-        elif isinstance(error, OSError) and error.errno is not None:
-            reason = f"{error.filename or 'a file'}: {error.strerror}"
-            error = f"{reason}; is the path right, and is there room on the disk?"
-        elif not isinstance(error, (ValueError, OSError)):
+        message = in_one_line(
+            error, "try a smaller --batch-size or --max-tokens, or --activation-checkpointing"
+        )
+        if message is None:
             raise
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {message}", file=sys.stderr)
         return 2
     finally:
         for number, handler in before.items():

@@ -1,4 +1,4 @@
-"""The causal 3D video autoencoder, and the inpaint condition built from it.
+"""The causal 3D video autoencoder.
 
     pixels b 3 f h w                                    latents b 16 f' h' w'
       │ chunks of 8 frames (the first takes the rest)     │ chunks of 2 (see `decode_chunks`)
@@ -662,65 +662,8 @@ class VideoVAE(nn.Module):
         save_component(self, Path(model_dir) / "vae", _class_name="AutoencoderKLCogVideoX")
 
 
-# ---------------------------------------------------------------- the inpaint condition
-
-
-def resize_mask(mask: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Resize b 1 f h w to b 1 f' h' w': frame 0 alone, the rest trilinearly to f'-1, as the VAE groups them.
-
-    A known last frame alone therefore reads 0 in the last latent (of its four frames the middle two are
-    averaged), as in the reference, whose weights were trained so.
-    """
-    f, h, w = grid
-    first = F.interpolate(mask[:, :, :1], size=(1, h, w), mode="trilinear", align_corners=False)
-    if f == 1:
-        return first
-    rest = F.interpolate(mask[:, :, 1:], size=(f - 1, h, w), mode="trilinear", align_corners=False)
-    return torch.cat([first, rest], dim=2)
-
-
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor | None, config: VAEConfig) -> Tensor:
     """See `VideoVAE.posterior`; it needs no weights."""
     if noise is not None:
         mean = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise.to(mean)
     return mean * config.scaling_factor
-
-
-def inpaint_condition(
-    vae: VideoVAE,
-    pixels: Tensor,
-    mask: Tensor,
-    generator: Draw | None = None,
-    zero_if_all_masked: bool | Tensor = True,
-) -> Tensor:
-    """What an inpaint model is told: which pixels are known, and the video with the unknown ones blacked out.
-
-    pixels: b 3 f h w in [-1, 1]    mask: b 1 f h w of 0 and 1, 1 = generate here
-    generator: sample the posterior (training) instead of taking its mode (inference); one, or a list of b
-    zero_if_all_masked: whether a sample with nothing known gets an all-zero condition; one bool, or b of them
-    returns: b 17 f' h' w': the mask channel, turned round to 1 = known, and 16 masked-video latents; both
-    carry the latent scale, the mask too, because the reference scales after joining them (its files
-    pipeline_cogvideox_inpaint.py and scripts/train.py)
-    raises ValueError if mask and pixels do not fit
-    """
-    b, _, f, h, w = pixels.shape
-    if mask.shape != (b, 1, f, h, w):
-        raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit pixels {tuple(pixels.shape)}; "
-                         f"expected {(b, 1, f, h, w)}")  # fmt: skip
-    hidden, zero = hide(pixels, mask, zero_if_all_masked)
-    latents = vae.encode(hidden, generator)
-    return join_condition(latents, resize_mask(1 - mask.to(pixels), latents.shape[2:]), zero, vae.config)
-
-
-def hide(pixels: Tensor, mask: Tensor, zero_if_all_masked: bool | Tensor) -> tuple[Tensor, Tensor]:
-    """(pixels with -1, black, where mask is 1; which samples b get an all-zero condition)"""
-    mask = mask.to(pixels)
-    all_masked = (mask == 1).flatten(1).all(dim=1)
-    zero = torch.as_tensor(zero_if_all_masked, device=pixels.device).expand(len(pixels)) & all_masked
-    return pixels * (1 - mask) - mask, zero
-
-
-def join_condition(latents: Tensor, known: Tensor, zero: Tensor, config: VAEConfig) -> Tensor:
-    """The condition of masked-video latents b 16 f' h' w', known b 1 f' h' w' (1 = known) and zero b."""
-    known = (known * config.scaling_factor).to(latents)
-    return torch.cat([known, latents], dim=1) * ~zero.to(latents.device)[:, None, None, None, None]

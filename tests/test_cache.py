@@ -15,7 +15,9 @@ from test_train import CONTROL, INPAINT, entries, run
 import cache
 import data
 import train
-from data import Bucket, read_metadata, write_video
+from data import read_metadata
+from media import write_video
+from sizes import Bucket
 from text_encoder import T5Encoder
 from vae import VideoVAE
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
-from data import read_image, read_video, write_video
+from media import read_image, read_video, write_video
 from text_encoder import T5Config, T5Encoder
 from transformer import Block, VideoTransformer
 from vae import VAEConfig, VideoVAE

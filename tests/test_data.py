@@ -16,7 +16,12 @@ import torch
 from conftest import GOLDENS, expected
 from PIL import Image
 
+import check_data
 import data
+import inpaint
+import media
+from runtime import generator
+from sizes import Bucket, aspect_shapes, frames_for
 
 ASSETS = GOLDENS / "fun-2b-inp" / "assets"
 
@@ -28,7 +33,7 @@ def encode(
     with av.open(path, "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
         stream = container.add_stream(codec, rate=fps, options={"g": str(gop), "b": "4M"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        tick = data.Fraction(1, 600 if stamps else fps)
+        tick = media.Fraction(1, 600 if stamps else fps)
         stream.codec_context.time_base = tick
         for i in range(num_frames):
             picture = np.full((height, width, 3), i * 8 % 240, np.uint8)
@@ -57,38 +62,38 @@ def damage(path: Path, begin: float, end: float) -> Path:
 
 def test_pictures_are_resized_to_the_same_bytes_as_by_the_reference():
     tensors = expected("fun-2b-inp")
-    start = data.resize(data.read_image(ASSETS / "start.png"), 32, 48)
+    start = media.resize(media.read_image(ASSETS / "start.png"), 32, 48)
     assert np.array_equal(tensors["pre.start.video_u8"][0, :, 7].permute(1, 2, 0), start)
-    both = [data.resize(data.read_image(ASSETS / name), 64, 32) for name in ("start.png", "end.png")]
+    both = [media.resize(media.read_image(ASSETS / name), 64, 32) for name in ("start.png", "end.png")]
     theirs = tensors["pre.start_end.video_u8"][0].permute(1, 2, 3, 0)
     assert np.array_equal(theirs[0], both[0]) and np.array_equal(theirs[-1], both[1])
     for i in range(3):
-        ours = data.resize(data.read_image(ASSETS / f"list{i}.png"), 32, 48)
+        ours = media.resize(media.read_image(ASSETS / f"list{i}.png"), 32, 48)
         assert np.array_equal(tensors["pre.list3.video_u8"][0, :, i].permute(1, 2, 0), ours)
 
 
 def test_a_mask_picture_is_white_in_the_same_pixels_as_in_the_reference():
     theirs = expected("fun-2b-inp")["pre.v2v_mask.mask"][0] / 255
-    ours = data.read_mask(ASSETS / "mask.png", 9, 32, 48)
+    ours = media.read_mask(ASSETS / "mask.png", 9, 32, 48)
     assert ours.shape == (9, 32, 48) and ours.dtype == torch.bool
     assert torch.equal(ours.float(), theirs.expand(9, -1, -1))
 
 
 def test_a_mask_is_white_from_240_up():
     grey = np.array([[0, 128, 239, 240, 255]], np.uint8).repeat(2, 0)
-    assert data.read_mask(grey, 1, 2, 5)[0, 0].tolist() == [False, False, False, True, True]
-    assert data.read_mask(grey == 255, 1, 2, 5)[0, 0].tolist() == [False] * 4 + [True]
+    assert media.read_mask(grey, 1, 2, 5)[0, 0].tolist() == [False, False, False, True, True]
+    assert media.read_mask(grey == 255, 1, 2, 5)[0, 0].tolist() == [False] * 4 + [True]
 
 
 def test_a_mask_of_several_frames_follows_the_clip_and_must_last_as_long(tmp_path):
     moving = np.zeros((6, 16, 16), np.uint8)
     moving[3:] = 255
     for source in (moving, moving[..., None], moving[..., None].repeat(3, -1)):
-        assert data.read_mask(source, 5, 32, 16)[:, 0, 0].tolist() == [False] * 3 + [True] * 2
-    data.write_video(moving[..., None].repeat(3, -1), tmp_path / "mask.mp4", fps=4)
-    assert data.read_mask(tmp_path / "mask.mp4", 3, 16, 16, fps=2)[:, 5, 5].tolist() == [False, False, True]
+        assert media.read_mask(source, 5, 32, 16)[:, 0, 0].tolist() == [False] * 3 + [True] * 2
+    media.write_video(moving[..., None].repeat(3, -1), tmp_path / "mask.mp4", fps=4)
+    assert media.read_mask(tmp_path / "mask.mp4", 3, 16, 16, fps=2)[:, 5, 5].tolist() == [False, False, True]
     with pytest.raises(ValueError, match="6 frames, the clip 9"):
-        data.read_mask(moving, 9, 16, 16)
+        media.read_mask(moving, 9, 16, 16)
 
 
 def test_pictures_of_every_mode_become_rgb(tmp_path):
@@ -97,12 +102,12 @@ def test_pictures_of_every_mode_become_rgb(tmp_path):
     for mode in ("RGB", "RGBA", "P", "L", "LA", "CMYK", "1"):
         path = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
         Image.fromarray(colour).convert(mode).save(path)
-        assert np.array_equal(data.read_image(path), Image.fromarray(colour).convert(mode).convert("RGB"))
+        assert np.array_equal(media.read_image(path), Image.fromarray(colour).convert(mode).convert("RGB"))
     Image.fromarray(np.array([[0, 257, 65535]], np.uint16)).save(tmp_path / "deep.png")
-    assert data.read_image(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 1, 255]
-    assert np.array_equal(data.read_image(torch.from_numpy(colour)), colour)
+    assert media.read_image(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 1, 255]
+    assert np.array_equal(media.read_image(torch.from_numpy(colour)), colour)
     with pytest.raises(ValueError, match="float32"):
-        data.read_image(np.zeros((4, 4, 3), np.float32))
+        media.read_image(np.zeros((4, 4, 3), np.float32))
 
 
 def test_a_photograph_is_turned_upright(tmp_path):
@@ -110,7 +115,7 @@ def test_a_photograph_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate 90 degrees clockwise to show"
     picture.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(data.read_image(tmp_path / "turned.png"), np.rot90(np.asarray(picture), -1))
+    assert np.array_equal(media.read_image(tmp_path / "turned.png"), np.rot90(np.asarray(picture), -1))
 
 
 # ---------------------------------------------------------------- clips in
@@ -122,35 +127,35 @@ def test_a_photograph_is_turned_upright(tmp_path):
 def test_a_clip_is_read_at_the_nearest_frames_of_any_rate(tmp_path, ending, codec):
     path = encode(tmp_path / f"clip.{ending}", codec=codec, gop=5)
     nearest = [0, 4, 7, 11, 15, 19, 22, 26]  # 30 fps at t = i/8: 0, 3.75, 7.5 (earlier), 11.25 …
-    assert frame_numbers(data.read_video(path)) == [i % 30 for i in range(30)]
-    assert frame_numbers(data.read_video(path, fps=8)) == nearest
-    assert frame_numbers(data.read_video(path, 3, fps=8)) == nearest[:3]
-    assert frame_numbers(data.read_video(path, 3, fps=8, start=0.5)) == [15, 19, 22]
-    assert frame_numbers(data.read_video(path, 2, fps=60, start=0.1)) == [3, 3]
-    info = data.probe_video(path)
+    assert frame_numbers(media.read_video(path)) == [i % 30 for i in range(30)]
+    assert frame_numbers(media.read_video(path, fps=8)) == nearest
+    assert frame_numbers(media.read_video(path, 3, fps=8)) == nearest[:3]
+    assert frame_numbers(media.read_video(path, 3, fps=8, start=0.5)) == [15, 19, 22]
+    assert frame_numbers(media.read_video(path, 2, fps=60, start=0.1)) == [3, 3]
+    info = media.probe_video(path)
     assert (info.num_frames, info.height, info.width) == (30, 32, 48)
     assert abs(info.fps - 30) < 0.1 and abs(info.seconds - 1) < 0.01  # mkv counts milliseconds
 
 
 def test_a_variable_rate_clip_is_read_by_its_timestamps(tmp_path):
     path = encode(tmp_path / "clip.mp4", 5, stamps=[0, 60, 120, 600, 660])  # at 0, .1, .2, 1, 1.1 s
-    assert frame_numbers(data.read_video(path, 5, fps=4)) == [0, 2, 2, 3, 3]  # at 0, .25, .5, .75, 1 s
-    assert data.probe_video(path).num_frames == 5
+    assert frame_numbers(media.read_video(path, 5, fps=4)) == [0, 2, 2, 3, 3]  # at 0, .25, .5, .75, 1 s
+    assert media.probe_video(path).num_frames == 5
 
 
 def test_a_clip_read_at_its_own_rate_gains_no_frame_by_rounding(tmp_path):
     path = encode(tmp_path / "clip.mp4", 14, fps=5)  # its end comes out as 2.8000000000000003 s
-    assert frame_numbers(data.read_video(path, fps=5)) == list(range(14))
-    assert len(data.read_video(path, fps=10)) == 28
+    assert frame_numbers(media.read_video(path, fps=5)) == list(range(14))
+    assert len(media.read_video(path, fps=10)) == 28
 
 
 def test_only_the_needed_span_is_decoded(tmp_path):
     path = damage(encode(tmp_path / "clip.mp4", 240, gop=20), 0.5, 0.6)
-    assert frame_numbers(data.read_video(path, 5, fps=30)) == [0, 1, 2, 3, 4]  # before the damage
-    late = frame_numbers(data.read_video(path, 5, fps=30, start=7.5))  # behind it
+    assert frame_numbers(media.read_video(path, 5, fps=30)) == [0, 1, 2, 3, 4]  # before the damage
+    late = frame_numbers(media.read_video(path, 5, fps=30, start=7.5))  # behind it
     assert late == [i % 30 for i in range(225, 230)]
     with pytest.raises(ValueError, match="clip.mp4"):
-        data.read_video(path)
+        media.read_video(path)
 
 
 def test_a_phone_clip_is_turned_upright(tmp_path):
@@ -160,8 +165,8 @@ def test_a_phone_clip_is_turned_upright(tmp_path):
     turn = [0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30]  # a quarter turn clockwise
     content[matrix : matrix + 36] = struct.pack(">9i", *turn)
     path.write_bytes(content)
-    frames = data.read_video(path)
-    assert frames.shape == (3, 48, 32, 3) and data.probe_video(path)[2:4] == (48, 32)
+    frames = media.read_video(path)
+    assert frames.shape == (3, 48, 32, 3) and media.probe_video(path)[2:4] == (48, 32)
     assert frames[0, 5, -5, 0] > 200 and frames[0, 5, 5, 0] < 50  # the white corner went from left to right
 
 
@@ -173,22 +178,22 @@ def test_unreadable_media_give_one_sentence_with_the_name(tmp_path):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("not a clip\n" * 50)
     (tmp_path / "disguised.mp4").write_bytes((tmp_path / "picture.png").read_bytes())
-    data.write_video(
+    media.write_video(
         np.zeros((3, 16, 16, 3), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None],
         tmp_path / "c.gif",
     )
     for name in ("half.mp4", "empty.mp4", "text.mp4", "disguised.mp4", "picture.png", "missing.mp4", "."):
-        for read in (data.read_video, data.probe_video):
+        for read in (media.read_video, media.probe_video):
             with pytest.raises((ValueError, OSError), match=str(tmp_path / name)) as caught:
                 read(tmp_path / name)
             assert "\n" not in str(caught.value) and not isinstance(caught.value, av.FFmpegError)
     for name in ("whole.mp4", "half.png", "empty.mp4", "missing.png", "c.gif"):
         with pytest.raises((ValueError, OSError), match=name):
-            data.read_image(tmp_path / name)
+            media.read_image(tmp_path / name)
     with pytest.raises(ValueError, match="is a picture"):
-        data.read_video(tmp_path / "picture.png")
+        media.read_video(tmp_path / "picture.png")
     with pytest.raises(ValueError, match="no frame at 9 s"):
-        data.read_video(tmp_path / "whole.mp4", 5, fps=8, start=9)
+        media.read_video(tmp_path / "whole.mp4", 5, fps=8, start=9)
 
 
 # ---------------------------------------------------------------- clips out
@@ -196,16 +201,16 @@ def test_unreadable_media_give_one_sentence_with_the_name(tmp_path):
 
 def test_pixels_have_the_bits_of_the_reference_and_come_back_unchanged():
     frames = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1) + np.array([0, 50, 100], np.uint8)
-    pixels = data.to_pixels(frames)
+    pixels = media.to_pixels(frames)
     assert torch.equal(pixels, (torch.from_numpy(frames).movedim(-1, 0) / 255) * 2 - 1)
     assert (
         pixels.shape == (3, 1, 16, 16) and pixels[0, 0, 0, 0] == -1 and pixels[0, 0, -1, -1] == 1
     )  # c f h w
-    assert np.array_equal(data.to_uint8(pixels), frames)
-    assert data.to_uint8(torch.tensor([-3.0, 3.0, 0.9999 / 255]).view(3, 1, 1, 1)).tolist() == [
+    assert np.array_equal(media.to_uint8(pixels), frames)
+    assert media.to_uint8(torch.tensor([-3.0, 3.0, 0.9999 / 255]).view(3, 1, 1, 1)).tolist() == [
         [[[0, 255, 128]]]
     ]
-    assert data.to_uint8(pixels[None].expand(2, -1, -1, -1, -1)).shape == (2, 1, 16, 16, 3)
+    assert media.to_uint8(pixels[None].expand(2, -1, -1, -1, -1)).shape == (2, 1, 16, 16, 3)
 
 
 def colourful(num_frames: int = 12) -> np.ndarray:
@@ -217,11 +222,11 @@ def colourful(num_frames: int = 12) -> np.ndarray:
 
 def test_an_mp4_keeps_rate_colours_and_bytes_whether_whole_or_in_chunks(tmp_path):
     frames = colourful()
-    data.write_video(frames, tmp_path / "a.mp4", fps=8)
-    data.write_video((frames[i : i + 5] for i in range(0, 12, 5)), tmp_path / "b.mp4", fps=8)
+    media.write_video(frames, tmp_path / "a.mp4", fps=8)
+    media.write_video((frames[i : i + 5] for i in range(0, 12, 5)), tmp_path / "b.mp4", fps=8)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-    assert data.probe_video(tmp_path / "a.mp4") == (12, 8.0, 32, 48, 1.5)
-    back = data.read_video(tmp_path / "a.mp4")
+    assert media.probe_video(tmp_path / "a.mp4") == (12, 8.0, 32, 48, 1.5)
+    back = media.read_video(tmp_path / "a.mp4")
     error = np.abs(back.astype(int) - frames)[:, 4:-4, [6, 7, 8, 22, 23, 24, 40, 41, 42]]
     assert error.max() <= 4  # 8-bit YUV and crf 17, away from edges; the wrong colour matrix errs by 20
     with av.open(tmp_path / "a.mp4") as container:
@@ -230,24 +235,24 @@ def test_an_mp4_keeps_rate_colours_and_bytes_whether_whole_or_in_chunks(tmp_path
 
 
 def test_an_mp4_loses_nothing_one_would_see(tmp_path):
-    photo = data.resize(data.read_image(ASSETS / "start.png"), 64, 96)[..., 1:2].repeat(3, -1)  # luma only
-    data.write_video(photo[None].repeat(5, 0), tmp_path / "a.mp4")
-    error = data.read_video(tmp_path / "a.mp4").astype(float) - photo
+    photo = media.resize(media.read_image(ASSETS / "start.png"), 64, 96)[..., 1:2].repeat(3, -1)  # luma only
+    media.write_video(photo[None].repeat(5, 0), tmp_path / "a.mp4")
+    error = media.read_video(tmp_path / "a.mp4").astype(float) - photo
     assert (error**2).mean() < 4  # 2.4 at crf 17, 8 at x264's own 23
 
 
 def test_a_gif_keeps_frames_and_speed(tmp_path):
-    data.write_video(colourful(), tmp_path / "a.gif", fps=8)
-    back = data.read_video(tmp_path / "a.gif", fps=8)
+    media.write_video(colourful(), tmp_path / "a.gif", fps=8)
+    back = media.read_video(tmp_path / "a.gif", fps=8)
     assert np.array_equal(back, colourful())  # it has fewer colours than a palette holds
-    assert abs(data.probe_video(tmp_path / "a.gif").seconds - 1.5) < 0.011
+    assert abs(media.probe_video(tmp_path / "a.gif").seconds - 1.5) < 0.011
     assert Image.open(tmp_path / "a.gif").info["loop"] == 0
 
 
 def test_a_png_is_a_strip_with_the_first_and_last_frame(tmp_path):
     for num_frames, shown in ((1, 1), (5, 5), (49, 8)):
-        data.write_video(colourful(num_frames), tmp_path / "a.png")
-        strip = data.read_image(tmp_path / "a.png")
+        media.write_video(colourful(num_frames), tmp_path / "a.png")
+        strip = media.read_image(tmp_path / "a.png")
         assert strip.shape == (32, 48 * shown, 3)
         assert np.array_equal(strip[:, -48:], colourful(num_frames)[-1]) and strip[0, 0, 0] == 0
 
@@ -255,18 +260,18 @@ def test_a_png_is_a_strip_with_the_first_and_last_frame(tmp_path):
 def test_what_cannot_be_written_gives_one_sentence_and_leaves_nothing(tmp_path):
     frames = colourful(2)
     with pytest.raises(ValueError, match=r"\.mp4, \.gif, \.png"):
-        data.write_video(frames, tmp_path / "a.webm")
+        media.write_video(frames, tmp_path / "a.webm")
     with pytest.raises(ValueError, match="even"):
-        data.write_video(frames[:, :31], tmp_path / "a.mp4")
+        media.write_video(frames[:, :31], tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="float32"):
-        data.write_video(frames.astype(np.float32), tmp_path / "a.mp4")
+        media.write_video(frames.astype(np.float32), tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="no frames"):
-        data.write_video(iter(()), tmp_path / "a.mp4")
+        media.write_video(iter(()), tmp_path / "a.mp4")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     for name in ("a.mp4", "a.gif", "a.png"):
         with pytest.raises(OSError, match="cannot write"):
-            data.write_video(frames, tmp_path / "file" / name)
+            media.write_video(frames, tmp_path / "file" / name)
 
 
 # ---------------------------------------------------------------- metadata
@@ -378,22 +383,22 @@ def test_frames_for_gives_the_table_of_the_report():
         53248: [49, 49, 49, 49, 49, 37, 29],
     }
     for budget, frames in table.items():
-        assert [data.frames_for(budget, size, size) for size in sizes] == frames
+        assert [frames_for(budget, size, size) for size in sizes] == frames
     for budget, frames in {80: [17, 5, 1], 180: [17, 17, 9], 320: [17, 17, 17]}.items():  # the tiny preset
-        assert [data.frames_for(budget, size, size, max_frames=17) for size in (64, 96, 128)] == frames
+        assert [frames_for(budget, size, size, max_frames=17) for size in (64, 96, 128)] == frames
     for budget in table:
         for size in range(512, 1281, 16):
-            latent_frames = (data.frames_for(budget, size, size, 10_000) - 1) // 4 + 1
+            latent_frames = (frames_for(budget, size, size, 10_000) - 1) // 4 + 1
             assert latent_frames * (size // 16) ** 2 <= 1.2 * budget
-    assert data.frames_for(13312, 256, 1024) == 49 and data.frames_for(1, 512, 512) == 1
-    in_pairs = [data.frames_for(b, s, s, 85, latent_multiple=2) for b in table for s in (512, 1024, 1280)]
+    assert frames_for(13312, 256, 1024) == 49 and frames_for(1, 512, 512) == 1
+    in_pairs = [frames_for(b, s, s, 85, frames_per_token=2) for b in table for s in (512, 1024, 1280)]
     assert in_pairs == [45, 5, 5, 85, 21, 13, 85, 45, 29]
-    assert data.frames_for(1, 512, 512, latent_multiple=2) == 1
+    assert frames_for(1, 512, 512, frames_per_token=2) == 1
 
 
 @pytest.mark.parametrize("size, num_shapes", [(64, 9), (512, 41), (768, 41), (1024, 41)])
 def test_shapes_reach_from_1_to_4_to_4_to_1_at_equal_area(size, num_shapes):
-    shapes = data.aspect_shapes(size)
+    shapes = aspect_shapes(size)
     assert len(shapes) == num_shapes and (size, size) in shapes
     assert {(size // 2, size * 2), (size * 2, size // 2)} <= set(shapes)
     for height, width in shapes:
@@ -406,7 +411,7 @@ def test_a_bucket_is_never_much_larger_than_the_sample_nor_longer():
 
     def drawn(**sample) -> set:
         return {
-            data.choose_bucket(record(**sample), plan, data.rng(0, 0, i, "resolution")) for i in range(50)
+            data.choose_bucket(record(**sample), plan, generator(0, 0, i, "resolution")) for i in range(50)
         }
 
     assert drawn(height=600, width=600) == {(49, 512, 512)}  # 750 is below 768
@@ -417,7 +422,7 @@ def test_a_bucket_is_never_much_larger_than_the_sample_nor_longer():
     assert drawn(height=64, width=4096) == {(49, 256, 1024)}
     assert drawn(num_frames=30) == {(29, 512, 512)} and drawn(num_frames=4) == {(1, 512, 512)}
     counts = [
-        data.choose_bucket(record(height=2000, width=2000), plan, data.rng(0, 0, i, "")) for i in range(1500)
+        data.choose_bucket(record(height=2000, width=2000), plan, generator(0, 0, i, "")) for i in range(1500)
     ]
     for height in (512, 768, 1024):
         assert abs(sum(bucket.height == height for bucket in counts) - 500) < 5 * 18  # 5 standard deviations
@@ -443,7 +448,7 @@ def test_an_epoch_holds_every_sample_once_in_batches_of_one_shape():
     assert all(batches != sorted(batches, key=lambda batch: batch.indices) for batches in epochs)
     assert any(batch.indices != sorted(batch.indices) for batch in epochs[0])
     assert epochs[0] != epochs[1] and epochs[0] != data.epoch_batches(records, plan, seed=4, epoch=0)
-    assert data.Bucket(9, 512, 256).tokens == 3 * 32 * 16
+    assert Bucket(9, 512, 256).tokens == 3 * 32 * 16
     table = data.bucket_table(epochs[0]).splitlines()
     assert sum(int(line.split()[5]) for line in table[1:]) == 100 and len(table) == 1 + len(
         {b.bucket for b in epochs[0]}
@@ -452,12 +457,12 @@ def test_an_epoch_holds_every_sample_once_in_batches_of_one_shape():
 
 def test_fitting_covers_the_shape_and_cuts_evenly():
     ramp = np.arange(200, dtype=np.uint8)[None, None, :, None].repeat(100, 1).repeat(3, -1)  # 1 100 200 3
-    wide = data.fit(ramp, 50, 50)
+    wide = media.fit(ramp, 50, 50)
     assert wide.shape == (1, 50, 50, 3) and abs(int(wide[0, 25, 0, 0]) - 51) <= 1
     assert abs(int(wide[0, 25, -1, 0]) - 148) <= 1 and wide[0, 0, 25, 0] == wide[0, -1, 25, 0]
-    assert np.array_equal(data.fit(ramp.swapaxes(1, 2), 50, 50), wide.swapaxes(1, 2))
-    assert np.array_equal(data.fit(ramp, 100, 200), ramp)
-    assert np.array_equal(data.fit(ramp, 100, 100), ramp[:, :, 50:150])
+    assert np.array_equal(media.fit(ramp.swapaxes(1, 2), 50, 50), wide.swapaxes(1, 2))
+    assert np.array_equal(media.fit(ramp, 100, 200), ramp)
+    assert np.array_equal(media.fit(ramp, 100, 100), ramp[:, :, 50:150])
 
 
 # ---------------------------------------------------------------- draws
@@ -465,18 +470,18 @@ def test_fitting_covers_the_shape_and_cuts_evenly():
 
 def test_a_draw_depends_on_what_it_is_for_and_on_nothing_else():
     def number(*key):
-        return torch.rand((), generator=data.rng(*key)).item()
+        return torch.rand((), generator=generator(*key)).item()
 
     keys = [(s, e, i, p) for s in range(3) for e in range(3) for i in range(12) for p in ("mask", "noise")]
     first = {key: number(*key) for key in keys}
     assert len(set(first.values())) == len(keys) and all(number(*key) == first[key] for key in reversed(keys))
     assert first[0, 0, 11, "mask"] != number(0, 0, 1, "1mask")
     # pinned: a run must resume on another machine and version with the same draws
-    assert torch.randint(1000, (3,), generator=data.rng(1, 2, 3, "mask")).tolist() == [393, 535, 926]
+    assert torch.randint(1000, (3,), generator=generator(1, 2, 3, "mask")).tolist() == [393, 535, 926]
 
 
 def masks(num: int, *shape: int) -> list[torch.Tensor]:
-    return [data.random_mask(data.rng(0, 0, i, "mask"), *shape) for i in range(num)]
+    return [inpaint.random_mask(generator(0, 0, i, "mask"), *shape) for i in range(num)]
 
 
 def kind_of(mask: torch.Tensor) -> str:
@@ -526,7 +531,9 @@ def test_masks_of_clips_come_in_the_shares_of_the_reference():
 
 
 def of_kind(kind: str, num: int, f: int, h: int, w: int) -> torch.Tensor:
-    draws = [data._mask_of_kind(kind, data.rng(1, 0, i, kind), f, h, w).expand(f, h, w) for i in range(num)]
+    draws = [
+        inpaint._mask_of_kind(kind, generator(1, 0, i, kind), f, h, w).expand(f, h, w) for i in range(num)
+    ]
     return torch.stack(draws)  # num f h w
 
 
@@ -619,10 +626,10 @@ def test_a_mask_costs_little_more_than_writing_it():
 
 
 def test_noise_on_the_reference_is_log_normal_and_spares_what_is_masked():
-    logs = torch.tensor([data.draw_noise_sigma(data.rng(0, 0, i, "sigma")) for i in range(2000)]).log()
+    logs = torch.tensor([inpaint.draw_noise_sigma(generator(0, 0, i, "sigma")) for i in range(2000)]).log()
     assert abs(logs.mean() + 3) < 5 * 0.5 / 2000**0.5 and abs(logs.std() - 0.5) < 5 * 0.5 / 4000**0.5
     pixels = torch.tensor([-1.0, -0.999, 0.0, 1.0])
-    noisy = data.add_reference_noise(pixels, 0.1, torch.tensor([1.0, 2.0, -3.0, 4.0]))
+    noisy = inpaint.add_reference_noise(pixels, 0.1, torch.tensor([1.0, 2.0, -3.0, 4.0]))
     assert torch.equal(noisy, torch.tensor([-1.0, -0.999 + 0.1 * 2, 0.1 * -3, 1 + 0.1 * 4]))
 
 
@@ -634,7 +641,7 @@ def test_a_sample_is_drawn_from_its_key_alone(tmp_path):
     for item in items():
         (tmp_path / item["file_path"]).with_suffix(".txt").write_text(item["text"])
     records, _ = data.open_records(data.read_metadata(tmp_path))
-    bucket = data.Bucket(17, 32, 32)
+    bucket = Bucket(17, 32, 32)
     sample = data.load_sample(records[0], bucket, 1, 2, 0)
     again = data.load_sample(records[0], bucket, 1, 2, 0)
     assert sample.pixels.shape == (3, 17, 32, 32) and sample.mask.shape == (17, 32, 32)
@@ -663,14 +670,12 @@ def test_control_clips_are_cut_like_their_clips(tmp_path):
     item = {"file_path": "a.mp4", "text": "", "type": "video", "control_file_path": "a.mp4"}
     (tmp_path / "meta.json").write_text(json.dumps([item]))
     records, _ = data.open_records(data.read_metadata(tmp_path / "meta.json"))
-    sample = data.load_sample(records[0], data.Bucket(9, 32, 48), 0, 0, 5)
+    sample = data.load_sample(records[0], Bucket(9, 32, 48), 0, 0, 5)
     assert torch.equal(sample.control, sample.pixels)  # the same frames and the same cut
     (tmp_path / "meta.json").write_text(json.dumps([{**item, "control_file_path": "b.mp4"}]))
     records, _ = data.open_records(data.read_metadata(tmp_path / "meta.json"))
     assert records[0].num_frames == 16 and records[0].size == (48, 64)  # what both fill, the clip's own size
-    assert not torch.equal(
-        data.load_sample(records[0], data.Bucket(9, 32, 48), 0, 0, 5).control, sample.control
-    )
+    assert not torch.equal(data.load_sample(records[0], Bucket(9, 32, 48), 0, 0, 5).control, sample.control)
 
 
 def still(name: str, fails: bool = False) -> data.Record:
@@ -687,7 +692,7 @@ def load_all(loader: data.Loader, seed: int = 0, epochs: int = 2) -> list:
     batches = [(e, b) for e in range(epochs) for b in data.epoch_batches(loader.records, plan, seed, e)]
     loaded = list(loader.batches(batches))
     assert [(epoch, batch) for epoch, batch, _ in loaded] == batches
-    return [data.to_uint8(sample.pixels)[:, 0, 0, 0, 0].tolist() for _, _, sample in loaded]
+    return [media.to_uint8(sample.pixels)[:, 0, 0, 0, 0].tolist() for _, _, sample in loaded]
 
 
 def test_batches_come_in_order_whatever_the_number_of_threads():
@@ -695,9 +700,7 @@ def test_batches_come_in_order_whatever_the_number_of_threads():
     one = load_all(data.Loader(records, 0, num_workers=1))
     assert one == load_all(data.Loader(records, 0, num_workers=7))
     assert Counter(sum(one, [])) == {i: 2 for i in range(40)}
-    _, batch, sample = next(
-        data.Loader(records, 0).batches([(0, data.Batch(data.Bucket(1, 32, 32), [3, 4]))])
-    )
+    _, batch, sample = next(data.Loader(records, 0).batches([(0, data.Batch(Bucket(1, 32, 32), [3, 4]))]))
     assert sample.pixels.shape == (2, 3, 1, 32, 32) and sample.mask.shape == (2, 1, 32, 32)
     assert (
         len(sample.caption) == 2 and sample.zero_if_all_masked.dtype == torch.bool and sample.control is None
@@ -710,7 +713,7 @@ def test_batches_are_loaded_ahead_of_their_use():
     loader.load = lambda bucket, epoch, index: (
         loaded.append(index) or data.Loader.load(loader, bucket, epoch, index)
     )
-    todo = [(0, data.Batch(data.Bucket(1, 32, 32), [i])) for i in range(20)]
+    todo = [(0, data.Batch(Bucket(1, 32, 32), [i])) for i in range(20)]
     batches = loader.batches(todo, ahead=3)
     next(batches)
     begin = time.time()
@@ -732,8 +735,8 @@ def test_a_broken_file_is_named_once_and_replaced_by_the_next_that_is_long_enoug
     }
     long = [record(9, 32, 32, "7", lambda start, n, size: np.full((n, *size, 3), 7, np.uint8))]
     loader = data.Loader([still("0", fails=True), still("1"), *long], 0, say=said.append)
-    pixels = loader.load(data.Bucket(9, 32, 32), 0, 0).pixels
-    assert pixels.shape[1] == 9 and (data.to_uint8(pixels) == 7).all()
+    pixels = loader.load(Bucket(9, 32, 32), 0, 0).pixels
+    assert pixels.shape[1] == 9 and (media.to_uint8(pixels) == 7).all()
 
 
 def test_too_many_broken_files_stop_the_run_with_the_list():
@@ -756,7 +759,7 @@ def test_a_clip_that_ends_before_its_header_says_is_a_broken_file(tmp_path):
     records, _ = data.open_records(data.read_metadata(tmp_path / "meta.json"))
     encode(tmp_path / "a.mp4", 30)
     with pytest.raises(ValueError, match="a.mp4 ends 9 frames before its header says"):
-        data.load_sample(records[0], data.Bucket(17, 32, 32), 0, 0, index=6)
+        data.load_sample(records[0], Bucket(17, 32, 32), 0, 0, index=6)
     (tmp_path / "a.mp4").write_bytes(b"")
     records, failures = data.open_records(data.read_metadata(tmp_path / "meta.json"))
     assert records == [] and "a.mp4" in failures[str(tmp_path / "a.mp4")]
@@ -768,7 +771,7 @@ def test_a_clip_that_ends_before_its_header_says_is_a_broken_file(tmp_path):
 def check(capsys, *argv: object) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of python data.py check …"""
     try:
-        status = data.main(["check", *map(str, argv)])
+        status = check_data.main([*map(str, argv)])
     except SystemExit as exit:
         status = exit.code
     return status, *capsys.readouterr()
@@ -802,7 +805,7 @@ def test_a_good_data_set_is_reported_file_by_file_with_its_buckets(tmp_path, cap
     plan = data.Plan((32, 48), 24, 24, 9)
     for file, num_frames in ((clip, 15), (picture, 1)):
         drawn = {
-            data.choose_bucket(record(num_frames, *file["size"]), plan, data.rng(0, 0, i, "resolution"))
+            data.choose_bucket(record(num_frames, *file["size"]), plan, generator(0, 0, i, "resolution"))
             for i in range(30)
         }
         assert sorted(map(tuple, file["buckets"])) == sorted(drawn)  # what training draws
@@ -846,17 +849,17 @@ def test_what_training_would_lose_is_found_by_decoding(tmp_path, capsys):
 
 def test_a_clip_that_ends_before_its_header_says_is_found(tmp_path):
     path = encode(tmp_path / "a.mp4", num_frames=30, fps=30)
-    assert data._look_through(path, 8, 8)[:2] == (30, pytest.approx(1))
+    assert check_data._look_through(path, 8, 8)[:2] == (30, pytest.approx(1))
     with pytest.raises(ValueError, match="a.mp4 ends 2 frames before its header says"):
-        data._look_through(path, 10, 8)
+        check_data._look_through(path, 10, 8)
 
 
 def test_what_is_odd_is_named_and_lost_by_nobody(tmp_path, capsys):
     encode(
         tmp_path / "varies.mp4", num_frames=12, stamps=[0, 20, 40, 60, 80, 100, 200, 220, 240, 260, 280, 300]
     )
-    data.write_video(np.full((40, 32, 48, 3), 3, np.uint8), tmp_path / "black.mp4", fps=8)
-    data.write_video(np.tile(colourful()[:1, :16, :16], (40, 1, 1, 1)), tmp_path / "tiny.mp4", fps=8)
+    media.write_video(np.full((40, 32, 48, 3), 3, np.uint8), tmp_path / "black.mp4", fps=8)
+    media.write_video(np.tile(colourful()[:1, :16, :16], (40, 1, 1, 1)), tmp_path / "tiny.mp4", fps=8)
     encode(tmp_path / "short.mp4", num_frames=5, fps=8)
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
     encode(tmp_path / "silent.mp4", num_frames=40, fps=8)
@@ -884,7 +887,7 @@ def test_flat_is_what_has_one_colour_whatever_its_grey(tmp_path, capsys):
     one, two = np.full((9, 64, 64, 3), red, np.uint8), np.full((9, 64, 64, 3), red, np.uint8)
     two[:, :, :32] = blue
     for name, frames in (("one", one), ("two", two)):
-        data.write_video(frames, tmp_path / f"{name}.mp4", fps=8)
+        media.write_video(frames, tmp_path / f"{name}.mp4", fps=8)
         Image.fromarray(frames[0]).save(tmp_path / f"{name}.png")
     meta = write_metadata(tmp_path, "one.mp4", "two.mp4", "one.png", "two.png")
     files = json.loads(check(capsys, meta, *SMALL, "--json")[1])["files"]
@@ -903,7 +906,7 @@ def test_a_report_that_is_cut_short_by_its_reader_is_no_error(tmp_path):
 
 def test_control_clips_are_checked_as_well(tmp_path, capsys):
     encode(tmp_path / "a.mp4", num_frames=40, fps=8)
-    data.write_video(np.zeros((40, 32, 48, 3), np.uint8), tmp_path / "c.mp4", fps=8)
+    media.write_video(np.zeros((40, 32, 48, 3), np.uint8), tmp_path / "c.mp4", fps=8)
     meta = write_metadata(tmp_path, "a.mp4", control_file_path="c.mp4")
     assert f"odd: {tmp_path / 'c.mp4'}: one flat colour" in check(capsys, meta, *SMALL)[1]
     damage(tmp_path / "c.mp4", 0, 1)

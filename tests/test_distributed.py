@@ -13,7 +13,7 @@ import pytest
 from conftest import GOLDENS
 from safetensors.torch import load_file
 
-import data
+import media
 import parallel
 import sample
 import train
@@ -143,7 +143,7 @@ def test_an_error_on_one_rank_ends_all_and_is_said_once(tmp_path):
 def test_two_ranks_make_one_video_together(runs, name):
     one, two = ({path.suffix: path for path in (runs / ranks / name).iterdir()} for ranks in ("one", "two"))
     assert one.keys() == two.keys() == {".mp4", ".json"} | (set() if name == "long" else {".safetensors"})
-    ours, theirs = (data.read_video(paths[".mp4"]).astype(int) for paths in (one, two))
+    ours, theirs = (media.read_video(paths[".mp4"]).astype(int) for paths in (one, two))
     assert ours.shape == theirs.shape and abs(ours - theirs).max() <= 2  # of 255, in a file that loses some
     if name != "long":
         ours, theirs = (load_file(paths[".safetensors"])["latents"] for paths in (one, two))

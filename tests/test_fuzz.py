@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
-from data import write_video
+from media import write_video
 
 NUM_CASES = int(os.environ.get("FUZZ", 120))
 SEED = int(os.environ.get("FUZZ_SEED", 0))

@@ -14,9 +14,11 @@ from conftest import GOLDENS
 import bench
 import sample
 import train
-from data import frames_for, random_mask, read_mask
 from diffusion import NUM_TIMESTEPS, SAMPLER_OF_CLASS, SAMPLERS, SNR_SHIFTED, Schedule
+from inpaint import inpaint_condition, random_mask, resize_mask
+from media import read_mask
 from sample import Request, generate, load_models
+from sizes import frames_for
 from transformer import (
     TransformerConfig,
     legal_num_frames,
@@ -25,7 +27,7 @@ from transformer import (
     native_size,
     position_rule,
 )
-from vae import VideoVAE, decode_chunks, encode_chunks, inpaint_condition, resize_mask
+from vae import VideoVAE, decode_chunks, encode_chunks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from conftest import GOLDENS, assert_close, expected
 from PIL import Image
 
 import sample
-from data import write_video
+from media import write_video
 from sample import Request, choose_size, generate, legal_num_frames, load_models, native_size, prepare
 
 ASSETS = GOLDENS / "fun-2b-inp/assets"

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 import shapes
 import train
 from checkpoint import newest_checkpoint
-from data import Bucket, Record, collate, load_sample, write_video
+from data import Record, collate, load_sample
 from diffusion import Schedule
 from lora import load_lora
+from media import write_video
+from sizes import Bucket
 from text_encoder import T5Encoder
 from train import (
     Learner,

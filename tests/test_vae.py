@@ -7,6 +7,7 @@ import torch
 from conftest import GOLDENS, VARIANTS, assert_close, expected
 from torch import nn
 
+from inpaint import inpaint_condition, resize_mask
 from vae import (
     CausalConv3d,
     Downsample,
@@ -16,8 +17,6 @@ from vae import (
     decode_chunks,
     encode_chunks,
     group_statistics,
-    inpaint_condition,
-    resize_mask,
 )
 
 FP32 = 2e-5  # outputs are of order 1 and pass some 60 layers; we measured at most 2.3e-6

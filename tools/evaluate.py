@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sample
 import shapes
-from data import to_pixels, to_uint8
+from media import to_pixels, to_uint8
 from shapes import HELD_OUT, Scene, draw, psnr, read_attributes, sample_scene
 
 SEED = 2026

@@ -1,0 +1,190 @@
+"""The ground that every program stands on: processes, devices, random draws, files and errors.
+
+processes   torchrun starts NUM_RANKS of them, all in the same program; one alone has no process group, and
+            everything here then answers for it
+draws       keyed(seed, …): a generator that is a function of what it is for, never of what was drawn before
+files       atomic_write: a kill at any moment leaves the old file or the new one
+errors      in_one_line: what a user can cause becomes one sentence, all else keeps its traceback
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANK = int(os.environ.get("RANK", 0))
+NUM_RANKS = int(os.environ.get("WORLD_SIZE", 1))
+DTYPES = ["float32", "bfloat16", "float16"]
+
+# ---------------------------------------------------------------- processes
+
+
+@functools.cache
+def join_ranks() -> dist.Store | None:
+    """Meet the other processes: NCCL for what is on GPUs, Gloo for what is not.
+
+    returns: a store that all of them read and write, or None if there are no others
+    """
+    if NUM_RANKS == 1:
+        return None
+    store, rank, num_ranks = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
+    return store
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """In place."""
+    if NUM_RANKS > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def wait_for_ranks() -> None:
+    sum_over_ranks(torch.zeros(1))
+
+
+def agree(value: object) -> object:
+    """What rank 0 says; no rank goes on before all are here."""
+    if NUM_RANKS == 1:
+        return value
+    join_ranks()
+    values = [value]
+    dist.broadcast_object_list(values)
+    wait_for_ranks()
+    return values[0]
+
+
+def say(text: object) -> None:
+    """Print on rank 0 alone. A file's name may be no Unicode."""
+    if RANK == 0:
+        print(str(text).encode(errors="backslashreplace").decode(), flush=True)
+
+
+# ---------------------------------------------------------------- devices
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device asked for, or the best there is; under torchrun each process gets a GPU of its own.
+
+    raises ValueError if it is not there
+    """
+    if NUM_RANKS > 1 and torch.cuda.is_available() and name in (None, "cuda"):
+        rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if rank >= count:
+            raise ValueError(f"there are more processes than GPUs; try --nproc_per_node={count}")
+        name = f"cuda:{rank}"
+        torch.cuda.set_device(name)
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()  # not on "meta", which computes nothing
+    except Exception:  # each kind of device fails in its own way
+        raise ValueError(f"--device {name} is not available here; try cpu") from None
+    return device
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices itself, and so faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+# ---------------------------------------------------------------- draws
+
+
+def keyed(*key: int | str) -> int:
+    """A seed that is a function of the key: (seed, epoch, sample, purpose), for instance.
+
+    With it a run's state is a few counters: neither order, ranks, threads nor a resume change a number.
+    """
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(keyed(*key))
+
+
+def chance(draws: torch.Generator, probability: float) -> bool:
+    return torch.rand((), generator=draws).item() < probability
+
+
+def integer(draws: torch.Generator, low: int, high: int) -> int:
+    """Uniform in low … high, both included."""
+    return int(torch.randint(low, max(low, high) + 1, (), generator=draws))
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that is synced to disk and renamed to `path` if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # writers look at the suffix
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors would make files private
+        yield temporary
+        temporary.chmod(mode)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk. Windows opens no folder, and wants files open for writing."""
+    if os.name == "nt":
+        if path.is_dir():
+            return
+        handle = os.open(path, os.O_RDWR)
+    else:
+        handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def in_one_line(error: BaseException, memory_remedy: str) -> str | None:
+    """One sentence for an error that a user can cause and mend; None for a mistake of ours.
+
+    memory_remedy: what the program advises where memory runs out
+    """
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no C++ compiler, say
+        message = f"torch.compile: {str(error).splitlines()[0]}; leave out --compile"
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        message = f"out of memory; {memory_remedy}"
+    elif isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # the CPU's allocator
+        message = f"out of memory; {memory_remedy}"
+    elif isinstance(error, OSError) and error.errno is not None:
+        message = f"{error.filename or 'a file'}: {error.strerror}; is the path right, and is there room?"
+    elif isinstance(error, (ValueError, OSError)):
+        message = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        message = "interrupted"
+    else:
+        return None
+    return " ".join(message.split())
+
+
+def fail(prog: str, message: str) -> int:
+    """The exit status 2, after the one line on stderr."""
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    return 2
