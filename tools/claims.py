@@ -1,10 +1,11 @@
-"""Draw how several training runs compare, for the report's claims in the README; needs matplotlib.
+"""Draw how training runs compare, for the report's claims; needs matplotlib.
 
-    python tests/claims.py runs/interpolate runs/regenerate runs/slice --out claim.png
+    python tools/evaluate.py RUN/checkpoints/step-000300 --out RUN/step-000300 --tasks …      for each of them
+    python tools/claims.py runs/interpolate-0 runs/interpolate-1 runs/slice-0 --out claim.png
 
-Left: each run's validation loss over its steps, from RUN/log.jsonl. Right: the share of clips with each
-attribute right, from what `evaluate.py RUN/checkpoints/step-000300 --out RUN/step-000300.jsonl` wrote, all
-its tasks together; the bars are 95 % intervals. The same numbers are printed as JSON.
+Left: validation loss over the steps, from RUN/log.jsonl. Beside it: how clips were judged, from
+RUN/step-*.jsonl, all tasks together, with 95 % intervals. Runs that differ only in what follows the last
+hyphen, the seed, have one colour. The same numbers are printed as JSON.
 """
 
 import argparse
@@ -12,10 +13,12 @@ import json
 from pathlib import Path
 
 import matplotlib
-from evaluate import WORDS, wilson
+from evaluate import WORDS, number
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+MEASURES = (*WORDS, "all", "fit", "worst_fit")
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -28,36 +31,36 @@ def validation(run: Path) -> dict[int, float]:
     return {entry["step"]: entry["val_loss"] for entry in entries if "val_loss" in entry}
 
 
-def fidelity(run: Path) -> dict[int, dict[str, tuple[float, float, float]]]:
-    """step -> attribute -> (share right, low, high)"""
-    shares = {}
+def fidelity(run: Path, measures: list[str]) -> dict[str, dict[int, list[float]]]:
+    """measure -> step -> [value, low, high]"""
+    found: dict[str, dict[int, list[float]]] = {measure: {} for measure in measures}
     for path in sorted(run.glob("step-*.jsonl")):
         results = [entry["result"] for entry in read_lines(path)]
-        hits = {word: sum(result[word] for result in results) for word in WORDS}
-        shares[int(path.stem[5:])] = {
-            word: (hit / len(results), *wilson(hit, len(results))) for word, hit in hits.items()
-        }
-    return shares
+        for measure in measures:
+            step = int(path.stem.removeprefix("step-"))
+            found[measure][step] = number(measure, [result[measure] for result in results])
+    return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("claim.png"))
-    parser.add_argument("--words", nargs="+", default=["motion", "shape"], choices=WORDS)
-    args = parser.parse_args()
-    figure, axes = pyplot.subplots(1, 1 + len(args.words), figsize=(4 * (1 + len(args.words)), 3.2))
-    numbers = {}
-    for color, run in enumerate(args.runs):
-        losses, shares = validation(run), fidelity(run)
-        numbers[run.name] = {"val_loss": losses, "fidelity": shares}
-        axes[0].plot(losses.keys(), losses.values(), color=f"C{color}", label=run.name)
-        for axis, word in zip(axes[1:], args.words):
-            middle, low, high = zip(*(shares[step][word] for step in shares)) if shares else ((), (), ())
-            pairs = (middle, low), (high, middle)  # rounding can bring one below the other
-            spread = [[max(0.0, a - b) for a, b in zip(*pair)] for pair in pairs]
-            axis.errorbar(shares.keys(), middle, spread, color=f"C{color}", capsize=2)
-    for axis, title in zip(axes, ["validation loss", *(f"{word} right" for word in args.words)]):
+    parser.add_argument("--measures", nargs="+", default=["all", "fit"], choices=MEASURES)
+    args = parser.parse_args(argv)
+    figure, axes = pyplot.subplots(1, 1 + len(args.measures), figsize=(4 * (1 + len(args.measures)), 3.2))
+    colors, numbers = {}, {}
+    for run in args.runs:
+        name = run.name.rsplit("-", 1)[0]
+        label = None if name in colors else name
+        color = colors.setdefault(name, f"C{len(colors)}")
+        losses, judged = validation(run), fidelity(run, args.measures)
+        numbers[run.name] = {"val_loss": losses} | judged
+        axes[0].plot(losses.keys(), losses.values(), color=color, label=label)
+        for axis, measure in zip(axes[1:], args.measures):
+            for step, (value, low, high) in judged[measure].items():
+                axis.errorbar(step, value, [[value - low], [high - value]], color=color, capsize=2, fmt="o")
+    for axis, title in zip(axes, ["validation loss", *args.measures]):
         axis.set(title=title, xlabel="steps")
     axes[0].legend()
     figure.tight_layout()

@@ -1,133 +1,182 @@
-"""Measure what a model of the drawn world can do, on held-out combinations only: the numbers of the README.
+"""Measure what a model of the drawn world can do, on held-out combinations only.
 
-    python tests/evaluate.py checkpoints/tiny --num 200 --out evaluation.jsonl
+    python tools/evaluate.py checkpoints/tiny --num 200 --workers 2 --out outputs/evaluation
+    python tools/evaluate.py checkpoints/tiny --num 16 --tasks "text 64x64" picture        a quick look
 
-Everything is made by `sample.generate` as a user would, with the sampler and guidance below, fixed
-beforehand; `shapes.read_attributes` reads the frames. Each task has its own list of scenes, seed 2026.
-Results are appended to --out clip by clip, and a run that was stopped goes on behind them; --summary prints
-the table only.
+Everything is made by `sample.generate` as a user would, with the model's own sampler and guidance 2, fixed
+beforehand; `shapes.read_attributes` reads the frames. Two measures: are the words of the prompt right, and
+the fit, the overlap of the object with the ideal shape of equal area and centre, as the mean over a clip's
+frames and in its worst frame. Each task has its own endless list of scenes, seed 2026.
+
+Written are OUT.jsonl (clip by clip; a run that was stopped goes on behind them), OUT.json (the summary, each
+number with an interval), OUT.png and OUT.gif (the first twenty clips from text, nobody has chosen them).
 """
 
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import random
 import sys
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import sample
-import shapes
-from media import to_pixels, to_uint8
-from shapes import HELD_OUT, Scene, draw, psnr, read_attributes, sample_scene
+import sample  # noqa: E402
+import shapes  # noqa: E402
+from media import to_pixels, to_uint8, write_video  # noqa: E402
+from runtime import DTYPES, choose_device  # noqa: E402
+from shapes import HELD_OUT, Scene, psnr, read_attributes  # noqa: E402
+from vae import VideoVAE  # noqa: E402
 
 SEED = 2026
-SETTINGS = {"num_steps": 50, "guidance_scale": 2.0}  # and the model's own sampler
+GUIDANCE = 2.0
 WORDS = ("color", "shape", "motion", "background")
+STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+NUM_SHOWN = 20
+
+# ---------------------------------------------------------------- one clip
 
 
-def right(frames: np.ndarray, scene: Scene, names: Iterable[str] = WORDS) -> dict[str, bool]:
-    """Which of the named attributes the frames show as the scene has them, and whether all are."""
+def judge(frames: np.ndarray, scene: Scene, words: Iterable[str] = WORDS) -> dict:
+    """Which words of the scene the frames show, whether all of them, and the fit; 0 where nothing is read."""
     found = read_attributes(frames)
-    verdict = {name: found is not None and found[name] == getattr(scene, name) for name in names}
-    return verdict | {"all": all(verdict.values())}
-
-
-def make(models, scene: Scene, prompt: str | None = None, **settings) -> np.ndarray:
-    """A clip from the scene's caption, or another prompt; each scene has a seed of its own."""
-    prompt, seed = prompt or scene.caption(), random.Random(f"{SEED} {scene}").randrange(2**31)
-    return sample.generate(models, prompt, seed=seed, **SETTINGS, **settings)
+    verdict = {word: found is not None and found[word] == getattr(scene, word) for word in words}
+    verdict["all"] = all(verdict.values())
+    verdict["fit"] = 0.0 if found is None else float(found["fit"].mean())
+    verdict["worst_fit"] = 0.0 if found is None else float(found["fit"].min())
+    return verdict
 
 
 def drawn(scene: Scene, side: int = 64) -> np.ndarray:
-    return draw([scene], height=side, width=side)[0].numpy()
+    return shapes.draw([scene], height=side, width=side)[0].numpy()
 
 
-def from_text(models, scene: Scene, height: int, width: int) -> dict:
-    return right(make(models, scene, height=height, width=width, num_frames=17), scene)
+def make(models: sample.Models, scene: Scene, prompt: str | None = None, **settings) -> np.ndarray:
+    """A clip from the scene's caption, or another prompt; each scene has a seed of its own."""
+    seed = random.Random(f"{SEED} {scene}").randrange(2**31)
+    settings |= {"seed": seed, "num_steps": NUM_STEPS, "guidance_scale": GUIDANCE}
+    return sample.generate(models, prompt or scene.caption(), **settings)
 
 
-def to_picture(models, scene: Scene) -> dict:
+def from_text(models: sample.Models, scene: Scene, height: int, width: int) -> dict:
+    return judge(make(models, scene, height=height, width=width, num_frames=17), scene)
+
+
+def picture(models: sample.Models, scene: Scene) -> dict:
     frames = make(models, scene, scene.caption(1), height=64, width=64, num_frames=1)
-    return right(frames, scene, ("color", "shape", "background"))
+    return judge(frames, scene, ("color", "shape", "background"))
 
 
-def from_start(models, scene: Scene) -> dict:
+def from_start(models: sample.Models, scene: Scene) -> dict:
     true = drawn(scene)
     frames = make(models, scene, image=true[0], num_frames=17)
-    return {"first_psnr": psnr(frames[:1], true[:1]), "motion": right(frames, scene)["motion"]}
+    return judge(frames, scene) | {"psnr": psnr(frames[:1], true[:1])}
 
 
-def from_both_ends(models, scene: Scene) -> dict:
-    """One object throughout: readable in all frames, of the scene's colour, its fit never that of two."""
+def from_both_ends(models: sample.Models, scene: Scene) -> dict:
+    """The worse of both ends."""
     true = drawn(scene)
     frames = make(models, scene, image=true[0], end_image=true[-1], num_frames=17)
-    found = read_attributes(frames)
-    one = found is not None and found["color"] == scene.color and bool(found["fit"].min() > 0.5)
-    return {"worse_end_psnr": min(psnr(frames[i][None], true[i][None]) for i in (0, -1)), "one_object": one}
+    ends = [psnr(frames[i][None], true[i][None]) for i in (0, -1)]
+    return judge(frames, scene) | {"psnr": min(ends)}
 
 
-def within_mask(models, scene: Scene) -> dict:
-    """A box with sides of 1/4 … 3/4 around a random centre is made anew, or all but it."""
-    dice, true = random.Random(str(scene)), drawn(scene)
+def within_mask(models: sample.Models, scene: Scene) -> dict:
+    """A box with sides of 1/4 … 3/4 around a random centre is made anew, or all but it; dB of the rest."""
+    dice = random.Random(str(scene))
+    top, height = dice.randrange(64), dice.randrange(16, 49)
+    left, width = dice.randrange(64), dice.randrange(16, 49)
+    true = drawn(scene)
     mask = np.zeros(true.shape[:3], np.uint8)
-    (top, height), (left, width) = ((dice.randrange(64), dice.randrange(16, 49)) for _ in range(2))
-    rows, columns = (
-        slice(max(0, at - side // 2), at + side // 2) for at, side in ((top, height), (left, width))
-    )
+    rows = slice(max(0, top - height // 2), top + height // 2)
+    columns = slice(max(0, left - width // 2), left + width // 2)
     mask[:, rows, columns] = 255
-    mask = mask if dice.random() < 0.5 else 255 - mask
+    if dice.random() >= 0.5:
+        mask = 255 - mask
     frames = make(models, scene, video=true, mask=mask)
-    return {"kept_psnr": psnr(frames, true, torch.from_numpy(mask == 0)), **right(frames, scene)}
+    return judge(frames, scene) | {"psnr": psnr(frames, true, torch.from_numpy(mask == 0))}
 
 
-def recolored(models, scene: Scene) -> dict:
-    """The prompt names another colour, strength is 0.7 … 0.9; the path must stay within 10 % of the side."""
+def recolored(models: sample.Models, scene: Scene, strength: float) -> dict:
+    """The prompt names another colour; every centre must stay within a tenth of the side."""
     dice, true = random.Random(str(scene)), drawn(scene)
     color = dice.choice([c for c in shapes.COLORS if c != scene.color])
     prompt = scene.caption().replace(scene.color, color, 1)
-    strength = dice.uniform(0.7, 0.9)
     frames = make(models, scene, prompt, video=true, strength=strength)
-    found, path, before = read_attributes(frames), shapes.path(frames), shapes.path(true)
-    near = path is not None and (path - before).norm(dim=1).max().item() <= 0.1
-    return {"strength": strength, "color": found is not None and found["color"] == color, "path": near}
+    verdict = {"color": False, "path": False} | judge(frames, scene, ())
+    if (found := read_attributes(frames)) is not None:
+        verdict["color"] = found["color"] == color
+        far = (shapes.path(frames) - shapes.path(true)).norm(dim=1).max().item()
+        verdict["path"] = far <= 0.1
+    return verdict | {"all": verdict["color"] and verdict["path"]}
 
 
 @torch.inference_mode()
-def reconstructed(models, scene: Scene, side: int) -> dict:
+def reconstructed(models: sample.Models, scene: Scene, side: int) -> dict:
     """What the VAE alone gives back of a drawn clip, from the posterior's mode."""
     true = drawn(scene, side)
-    with models.use("vae", "encode") as vae:
-        pixels = vae.decode(vae.encode(to_pixels(true)[None].to(models.device)))
-    frames = to_uint8(pixels[0])
-    return {"psnr": psnr(frames, true), **right(frames, scene)}
+    vae = VideoVAE.from_pretrained(models.model_dir, models.dtype, models.device)
+    frames = to_uint8(vae.decode(vae.encode(to_pixels(true)[None].to(vae.device)))[0])
+    return judge(frames, scene) | {"psnr": psnr(frames, true)}
 
 
-TASKS: dict[str, Callable] = {
-    "text 64x64": lambda models, scene: from_text(models, scene, 64, 64),
-    "text 96x96": lambda models, scene: from_text(models, scene, 96, 96),
-    "text 128x128": lambda models, scene: from_text(models, scene, 128, 128),
-    "text 64x96": lambda models, scene: from_text(models, scene, 64, 96),
-    "text 96x64": lambda models, scene: from_text(models, scene, 96, 64),
-    "start": from_start,
-    "start and end": from_both_ends,
-    "mask": within_mask,
-    "recolor": recolored,
-    "picture": to_picture,
-    # the first of them trained at, the others not
-    "text 80x80": lambda models, scene: from_text(models, scene, 80, 80),
-    "text 112x112": lambda models, scene: from_text(models, scene, 112, 112),
-    "text 128x64": lambda models, scene: from_text(models, scene, 128, 64),
-    # the ceiling of all of them
-    "VAE 64x64": lambda models, scene: reconstructed(models, scene, 64),
-    "VAE 96x96": lambda models, scene: reconstructed(models, scene, 96),
-    "VAE 128x128": lambda models, scene: reconstructed(models, scene, 128),
+# name -> (which list of scenes, what is done with each)
+TASKS: dict[str, tuple[int, Callable[[sample.Models, Scene], dict]]] = {
+    "text 64x64": (0, partial(from_text, height=64, width=64)),
+    "text 96x96": (1, partial(from_text, height=96, width=96)),
+    "text 128x128": (2, partial(from_text, height=128, width=128)),
+    "text 64x96": (3, partial(from_text, height=64, width=96)),
+    "text 96x64": (4, partial(from_text, height=96, width=64)),
+    "text 128x64": (12, partial(from_text, height=128, width=64)),
+    "picture": (9, picture),
+    "start": (5, from_start),
+    "both ends": (6, from_both_ends),
+    "mask": (7, within_mask),
+    **{f"recolor {strength}": (8, partial(recolored, strength=strength)) for strength in STRENGTHS},
+    "VAE 64x64": (13, partial(reconstructed, side=64)),
+    "VAE 96x96": (14, partial(reconstructed, side=96)),
+    "VAE 128x128": (15, partial(reconstructed, side=128)),
 }
+
+
+def scene_of(task: str, index: int) -> Scene:
+    return shapes.sample_scene(SEED, index + 10_000 * TASKS[task][0], HELD_OUT)
+
+
+# ---------------------------------------------------------------- all clips, in several processes
+
+
+def begin(model_dir: Path, dtype: str, device: str, num_steps: int) -> None:
+    """In each process: load the model, once."""
+    global MODELS, NUM_STEPS
+    torch.set_num_threads(1)  # at these sizes, threads would mostly wait for each other
+    MODELS = sample.load_models(model_dir, getattr(torch, dtype), device, keep=True)
+    NUM_STEPS = num_steps
+
+
+def entry(job: tuple[str, int]) -> dict:
+    task, index = job
+    scene = scene_of(task, index)
+    result = TASKS[task][1](MODELS, scene)
+    return {"task": task, "index": index, "prompt": scene.caption(), "result": result}
+
+
+def shown_clip(index: int) -> np.ndarray:
+    """The same clip that the task "text 64x64" has judged."""
+    return make(MODELS, scene_of("text 64x64", index), height=64, width=64, num_frames=17)
+
+
+# ---------------------------------------------------------------- what came out
 
 
 def wilson(hits: int, num: int) -> tuple[float, float]:
@@ -138,49 +187,111 @@ def wilson(hits: int, num: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def summarize(entries: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """task -> number -> [value, low, high]: shares with their interval, dB as median and quartiles."""
-    table: dict[str, dict[str, list[float]]] = {}
+def number(name: str, values: list) -> list[float]:
+    """[value, low, high]: a share or a mean with its 95 % interval; of decibels the median and quartiles."""
+    if isinstance(values[0], bool):
+        return [sum(values) / len(values), *wilson(sum(values), len(values))]
+    if name == "psnr":
+        low, middle, high = np.percentile(np.minimum(values, 99), [25, 50, 75])
+        return [middle, low, high]
+    mean, half = np.mean(values), 1.96 * np.std(values) / math.sqrt(len(values))
+    return [mean, mean - half, mean + half]
+
+
+def summarize(entries: list[dict]) -> dict[str, dict]:
+    """task -> number of clips and each measure's [value, low, high]"""
+    summary = {}
     for task in TASKS:
-        results = [entry["result"] for entry in entries if entry["task"] == task]
-        for name in results[0] if results else ():
-            values = [result[name] for result in results]
-            if isinstance(values[0], bool):
-                numbers = [sum(values) / len(values), *wilson(sum(values), len(values))]
-            else:
-                low, middle, high = np.percentile(np.minimum(values, 99), [25, 50, 75])
-                numbers = [middle, low, high]
-            table.setdefault(task, {"clips": [len(values)]})[name] = [round(float(n), 4) for n in numbers]
-    return table
+        results = [each["result"] for each in entries if each["task"] == task]
+        if not results:
+            continue
+        summary[task] = {"clips": len(results)}
+        for name in results[0]:
+            values = number(name, [result[name] for result in results])
+            summary[task][name] = [round(float(value), 4) for value in values]
+    return summary
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--num", type=int, default=200, help="clips of each task")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--out", type=Path, default=Path("evaluation.jsonl"))
-    parser.add_argument("--dtype", default="float32", choices=sample.DTYPES)
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--summary", action="store_true", help="make nothing, read --out")
-    args = parser.parse_args()
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
-    entries = [json.loads(line) for line in lines]
-    done = {(entry["task"], entry["index"]) for entry in entries}
-    if not args.summary:
-        device, dtype = sample.choose_device(args.device, args.dtype)
-        models = sample.load_models(args.model, dtype, device, keep=True)
-        with args.out.open("a") as file:
-            for index in range(args.num):
-                for task in args.tasks:
-                    if (task, index) not in done:
-                        scene = sample_scene(SEED, index + 10_000 * list(TASKS).index(task), HELD_OUT)
-                        entry = {"task": task, "index": index, "prompt": scene.caption()}
-                        entry["result"] = TASKS[task](models, scene)
-                        file.write(json.dumps(entry) + "\n")
-                        file.flush()
-                        entries.append(entry)
-    print(json.dumps(summarize(entries), indent=1))
+COLUMNS = ["all", "color", "shape", "motion", "background", "path", "fit", "worst_fit", "psnr"]
+
+
+def table(summary: dict[str, dict]) -> Iterator[str]:
+    yield "| task | clips | " + " | ".join(COLUMNS) + " |"
+    yield "| --- " * (2 + len(COLUMNS)) + "|"
+    for task, measures in summary.items():
+        cells = []
+        for name in COLUMNS:
+            value = measures.get(name, [None])[0]
+            form = "{:.3f}" if "fit" in name else "{:.1f} dB" if name == "psnr" else "{:.0%}"
+            cells.append("" if value is None else form.format(value))
+        yield f"| {task} | {measures['clips']} | " + " | ".join(cells) + " |"
+
+
+def show(clips: list[np.ndarray], out: Path) -> None:
+    """OUT.png, five frames of each clip under its prompt; OUT.gif, all clips moving side by side."""
+    columns, height, width = 2, 84, 5 * 66 + 10
+    sheet = Image.new("RGB", (columns * width, -(-len(clips) // columns) * height), "silver")
+    pen = ImageDraw.Draw(sheet)
+    for i, clip in enumerate(clips):
+        left, top = i % columns * width, i // columns * height
+        pen.text((left + 2, top), f"{i}: {scene_of('text 64x64', i).caption()}", fill="black")
+        for k, frame in enumerate(clip[::4]):
+            sheet.paste(Image.fromarray(frame), (left + 66 * k, top + 14))
+    sheet.save(f"{out}.png")
+    framed = [np.pad(clip, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=192) for clip in clips]
+    rows = [np.concatenate(framed[i : i + 5], axis=2) for i in range(0, len(framed), 5)]
+    wall = np.concatenate(rows, axis=1).repeat(2, axis=1).repeat(2, axis=2)
+    write_video([wall], Path(f"{out}.gif"), 8)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", type=Path)
+    add("--num", type=int, default=200, help="clips of each task")
+    add("--num-steps", type=int, default=50, help="of the sampler; 50 in whatever we state")
+    add("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK", help="all, or some")
+    add("--out", type=Path, default=Path("outputs/evaluation"), help="without ending")
+    add("--dtype", default="float32", choices=DTYPES)
+    add("--device", default=str(choose_device()))
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, of one thread each")
+    return parser.parse_args(argv)
+
+
+def read_entries(path: Path, origin: dict) -> list[dict]:
+    """What an earlier run has left; SystemExit if it was of another model or other settings."""
+    if not path.exists():
+        return []
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    if any(each["origin"] != origin for each in entries):
+        raise SystemExit(f"{path} is of other weights or settings; delete it or give another --out")
+    return entries
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    weights = [zlib.crc32(path.read_bytes()) for path in sorted(args.model.glob("*/*.safetensors"))]
+    origin = {"weights": weights, "dtype": args.dtype, "device": args.device, "num_steps": args.num_steps}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = Path(f"{args.out}.jsonl")
+    entries = read_entries(lines, origin)
+    done = {(each["task"], each["index"]) for each in entries}
+    jobs = [(task, index) for index in range(args.num) for task in args.tasks if (task, index) not in done]
+    settings = (args.model, args.dtype, args.device, args.num_steps)
+    processes = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(args.workers, processes, initializer=begin, initargs=settings)
+    with pool, lines.open("a") as file:
+        for each in pool.map(entry, jobs):
+            entries.append(each | {"origin": origin})
+            file.write(json.dumps(entries[-1]) + "\n")
+            file.flush()
+        if "text 64x64" in args.tasks:
+            show(list(pool.map(shown_clip, range(min(NUM_SHOWN, args.num)))), args.out)
+    summary = summarize(entries)
+    Path(f"{args.out}.json").write_text(json.dumps(summary, indent=1))
+    print("\n".join(table(summary)))
 
 
 if __name__ == "__main__":
