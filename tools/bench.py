@@ -136,6 +136,12 @@ def fast_copy(vae: VideoVAE) -> VideoVAE:
     return fast
 
 
+def variants(ours: nn.Module, ways: list[str]) -> dict[str, nn.Module]:
+    """The network in each of the ways asked for."""
+    makers = {"peer": peer_of, "ours": lambda network: network, "fast": fast_copy}
+    return {way: makers[way](ours) for way in ways if way != "fast" or isinstance(ours, VideoVAE)}
+
+
 def bytes_of(tensors: Iterator[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -168,8 +174,7 @@ def decode(vae: nn.Module, latents: Tensor) -> Tensor:
 
 def vae_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
     vae = make(VideoVAE, sizes.vae, **where)
-    makers = {"peer": peer_of, "ours": lambda vae: vae, "fast": fast_copy}
-    vaes = {way: makers[way](vae) for way in ways}
+    vaes = variants(vae, ways)
     for height, width, f in sizes.vae_clips:
         draw = torch.Generator().manual_seed(1)
         squares = torch.rand(1, 3, f, height // 8, width // 8, generator=draw)  # 8x8 pixels, of all colours
@@ -229,8 +234,7 @@ def dit_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
         h, w = height // 8, width // 8
         config = replace(config, sample_height=h, sample_width=w)  # native: all agree about positions
         ours = make(VideoTransformer, config, **where)
-        dits = {"peer": peer_of(ours)} if "peer" in ways else {}
-        dits["ours"] = ours
+        dits = variants(ours, ways)
         draw = torch.Generator().manual_seed(2)
         noisy = torch.randn(1, 16, 1 + f // 4, h, w, generator=draw).to(**where)
         text = torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=draw).to(**where)
@@ -243,14 +247,14 @@ def dit_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
             yield Case(name, runs, blocks, bytes_of(ours.parameters()), times * flops)
 
 
+def embed(t5: nn.Module, ids: Tensor) -> Tensor:
+    return t5(ids) if isinstance(t5, T5Encoder) else t5(ids).last_hidden_state
+
+
 def t5_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
     ours = make(T5Encoder, sizes.t5, **where)
     ids = torch.randint(3, 1000, (2, 226), generator=torch.Generator().manual_seed(3)).to(where["device"])
-    runs = {}
-    if "peer" in ways:
-        peer = peer_of(ours)
-        runs["peer"] = lambda: peer(ids)[0]
-    runs["ours"] = lambda: ours(ids)
+    runs = {way: partial(embed, t5, ids) for way, t5 in variants(ours, ways).items()}
     yield Case("T5, two prompts", runs, resident=bytes_of(ours.parameters()))
 
 
@@ -345,11 +349,22 @@ def finetuning_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Cas
             yield Case(name, runs, list(dit.transformer_blocks), resident)
 
 
+def import_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
+    def in_a_process(statement: str) -> Tensor:
+        subprocess.run([sys.executable, "-c", statement], cwd=ROOT, check=True)
+        return torch.ones(1)
+
+    statements = {"peer": "from diffusers import CogVideoXPipeline", "ours": "import sample"}
+    runs = {way: partial(in_a_process, statements[way]) for way in ways if way in statements}
+    yield Case("a process that imports it", runs)
+
+
 ROWS = {
     "vae": vae_cases,
     "dit": dit_cases,
     "t5": t5_cases,
     "sampling": sampling_cases,
+    "import": import_cases,
     "finetuning": finetuning_cases,
 }
 
@@ -437,15 +452,6 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, n: int = 8192) -> floa
     return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(10))
 
 
-def import_seconds(statement: str) -> float:
-    """CPU time of a process that imports, less that of one that does nothing."""
-    code = "import os; print(sum(os.times()[:2]))"
-    commands = [[sys.executable, "-c", f"{line}; {code}"] for line in (statement, "pass")]
-    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
-    imported, nothing = (float(run(command).stdout) for command in commands)
-    return imported - nothing
-
-
 # ---------------------------------------------------------------- tables
 
 HEAD = ["work", "way", "seconds", "ratio", "peak GiB", "difference", "TFLOP/s"]
@@ -468,16 +474,6 @@ def print_case(case: Case, found: dict[str, dict], rate: float) -> None:
         print_row([case.name, way, *cells, f"{numbers['difference']:.0e}", speed])
 
 
-def print_imports(rounds: int) -> None:
-    """The first time Python may have to compile; it does not count."""
-    statements = {"peer": "from diffusers import CogVideoXPipeline", "ours": "import sample"}
-    turns = [{way: import_seconds(line) for way, line in statements.items()} for _ in range(rounds + 1)]
-    for way in statements:
-        took = statistics.median(turn[way] for turn in turns[1:])
-        ratio = statistics.median(turn[way] / turn["peer"] for turn in turns[1:])
-        print_row(["import, CPU time", way, f"{took:.3g}", f"{ratio:.2f}", "", "", ""])
-
-
 # ---------------------------------------------------------------- the command line
 
 
@@ -495,8 +491,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     all_ways = ["peer", "ours"] + ["fast"] * (ROOT / "vae_fast.py").exists()
     add = parser.add_argument
     add("--sizes", choices=list(SIZES), default="tiny", help="real: official widths; whole: whole models")
-    add("--rows", nargs="+", choices=[*ROWS, "import"], default=["vae", "dit", "t5", "sampling", "import"])
-    add("--match", nargs="+", default=[], help="only work with all of these in its name: 5B 'guided step'")
+    add("--rows", nargs="+", choices=list(ROWS), default=[row for row in ROWS if row != "finetuning"])
+    add("--models", nargs="+", help="of these transformers alone: 5B")
+    add("--match", nargs="+", default=[], help="only work with all of these in its name: 'guided step'")
     add("--clips", nargs="+", type=read_clip, help="sizes in place of the usual: 480x720x49, height first")
     add("--ways", nargs="+", choices=all_ways, default=all_ways)
     add("--compile", action="store_true", help="each way also compiled")
@@ -522,6 +519,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     where = {"dtype": getattr(torch, args.dtype), "device": torch.device(args.device)}
     sizes = SIZES[args.sizes]
+    if args.models:
+        sizes = replace(sizes, dits={label: sizes.dits[label] for label in args.models})
     if args.clips:
         sizes = replace(sizes, vae_clips=args.clips, dit_clips=args.clips)
     command = " ".join(sys.argv[1:] if argv is None else argv)
@@ -532,7 +531,7 @@ def main(argv: list[str] | None = None) -> int:
     print_row(["---"] * len(HEAD))
     worst = 0.0
     for row in args.rows:
-        for case in ROWS[row](sizes, args.ways, where) if row in ROWS else ():
+        for case in ROWS[row](sizes, args.ways, where):
             if not all(word in case.name for word in args.match):
                 continue
             if args.compile and case.compiled:
@@ -541,8 +540,6 @@ def main(argv: list[str] | None = None) -> int:
             print_case(case, found, rate)
             limit = TOLERANCE[args.dtype] + (1 / 255 if row == "sampling" else 0)
             worst = max(worst, *(numbers.get("difference", 0) / limit for numbers in found.values()))
-    if "import" in args.rows:
-        print_imports(args.rounds)
     if worst > 1:
         say("TOO LARGE a difference: not the same work, or not the same result")
     return 1 if worst > 1 else 0
