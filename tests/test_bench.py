@@ -42,9 +42,10 @@ def test_all_ways_of_a_vae_agree():
         assert all(bench.difference(other, first) < 1e-5 for other in others)
 
 
-def test_another_result_fails_the_run(monkeypatch, capsys):
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_another_result_fails_the_run(factor, monkeypatch, capsys):
     right = bench.T5Encoder.forward
-    monkeypatch.setattr(bench.T5Encoder, "forward", lambda self, ids: 1.01 * right(self, ids))
+    monkeypatch.setattr(bench.T5Encoder, "forward", lambda self, ids: factor * right(self, ids))
     assert bench.main([*ARGUMENTS, "--rows", "t5"]) == 1
     assert "TOO LARGE" in capsys.readouterr().err
 
