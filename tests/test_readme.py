@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import GOLDENS
 
-import bench
 import sample
 import train
 from diffusion import NUM_TIMESTEPS, SAMPLER_OF_CLASS, SAMPLERS, SNR_SHIFTED, Schedule
@@ -314,7 +313,7 @@ def test_every_file_and_name_in_backticks_exists():
 
 def test_every_flag_is_in_the_help_of_its_program(capsys):
     known = {}
-    for program in (sample, train, bench):
+    for program in (sample, train):
         with pytest.raises(SystemExit):
             program.parse(["--help"])
         known[f"{program.__name__}.py"] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
