@@ -41,6 +41,18 @@ MAX_TEXT_BYTES = 64 * 2**20  # of a JSON or tokenizer file; the largest real one
 # ---------------------------------------------------------------- JSON and configs
 
 
+HARMLESS = set(  # keys of official files that change no number here, or that we write ourselves
+    """architectures classifier_dropout decoder_start_token_id dense_act_fn dropout_rate dtype torch_dtype
+    eos_token_id initializer_factor is_decoder is_encoder_decoder is_gated_act model_type n_positions
+    num_decoder_layers output_past pad_token_id scale_decoder_outputs task_specific_params tie_word_embeddings
+    transformers_version use_cache
+    down_block_types up_block_types force_upcast latents_mean latents_std shift_factor sample_size
+    mid_block_add_attention
+    clip_sample_range sample_max_value steps_offset dynamic_thresholding_ratio variance_type
+    guidance_scale position""".split()
+)
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file, or a ValueError that says what is wrong with the file."""
     try:
@@ -103,6 +115,21 @@ def read_config(config_class: type, path: Path):
         return config_class(**values, extra={key: content[key] for key in content.keys() - known})
     except ValueError as error:  # a config class may check in __post_init__ what its fields mean together
         raise ValueError(f"{path}: {error}") from None
+
+
+def unknown_keys(config) -> list[str]:
+    """Keys of a config file that nothing here reads and that are not known to be harmless: worth a note."""
+    return sorted(key for key in config.extra if key not in HARMLESS and not key.startswith("_"))
+
+
+def only(config, **allowed: tuple) -> None:
+    """ValueError if a key of a config, declared or not, has a value other than the allowed ones: it changes
+    numbers, and we would compute something else."""
+    for name, values in allowed.items():
+        value = getattr(config, name, config.extra.get(name, values[0]))
+        if value not in values:
+            known = " or ".join(map(repr, values))
+            raise ValueError(f"{name} = {value!r:.60} is not supported, only {known}")
 
 
 def write_config(config, path: Path, **overrides) -> None:
