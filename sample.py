@@ -606,8 +606,9 @@ OVERLAP = 5  # frames that a segment of a long video is given of the one before:
 def segments(num_frames: int, length: int, overlap: int = OVERLAP) -> list[int]:
     """How many frames each segment has in common with the one before, for num_frames in segments of `length`.
 
-    The first has none; the last as many as are needed to fill it.
+    The first has none; the last as many as are needed to fill it. ValueError unless num_frames is 4k+1.
     """
+    check_frames(num_frames)
     shared, done = [0], length
     while done < num_frames:
         new = min(length - overlap, num_frames - done)
@@ -642,7 +643,6 @@ def generate_long(
         if settings.get(name) is not None:
             raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no {name}; "
                              f"leave it out, or make {length} frames")  # fmt: skip
-    check_frames(num_frames)
     if settings.get("seed") is None:
         settings["seed"] = int.from_bytes(os.urandom(4))
     record = {"prompt": prompt, "num_frames": num_frames, **settings, **models.record()}
