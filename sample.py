@@ -78,7 +78,12 @@ SMALL_TOKENS = 1024  # up to here both prompts go through the network together
 
 
 class Models:
-    """The networks of a checkpoint folder, each in memory only while it is in use (unless keep)."""
+    """The networks of a checkpoint folder, each in memory only while it is in use.
+
+    keep: leave them in memory afterwards, for a next call
+    loras: (file, weight), merged into the transformer, see `lora.load_lora`
+    raises ValueError or OSError if the folder is not a complete checkpoint
+    """
 
     def __init__(
         self,
@@ -145,8 +150,8 @@ class Models:
             read_lora(dit, file)
         theirs = t5.config.d_model, vae.config.latent_channels
         if theirs != (dit.config.text_embed_dim, dit.config.out_channels):
-            raise ValueError(f"{self.model_dir}: the transformer's text_embed_dim and out_channels do not fit the "
-                             f"text encoder's d_model and the VAE's latent_channels, {theirs}; "
+            raise ValueError(f"{self.model_dir}: the transformer's text_embed_dim and out_channels do not "
+                             f"fit the text encoder's d_model and the VAE's latent_channels, {theirs}; "
                              "take all components from one checkpoint")  # fmt: skip
         networks = {"text_encoder": t5, "vae": vae, "transformer": dit}
         return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
@@ -202,20 +207,7 @@ class Models:
         return dit
 
 
-def load_models(
-    model_dir: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    keep: bool = False,
-    loras: list[tuple[str | Path, float]] = [],
-) -> Models:
-    """Look at a checkpoint folder; its networks are loaded when `generate` first uses them.
-
-    keep: leave them in memory afterwards, for a next call
-    loras: (file, weight), merged into the transformer, see `lora.load_lora`
-    raises ValueError or OSError if the folder is not a complete checkpoint
-    """
-    return Models(model_dir, dtype, device, keep, loras)
+load_models = Models  # as a function: it only looks at the folder; networks come when they are used
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -308,7 +300,7 @@ class Request:
 
 
 def complete(request: Request, models: Models) -> Request:
-    """The request, checked, with the model's own values where none were given; sizes follow with the files."""
+    """The request, checked, with the model's own values for what was left open, but for sizes."""
     request.check(models.config)
     own = {
         "guidance_scale": models.schedule.default_guidance_scale,
@@ -329,9 +321,7 @@ class Known(NamedTuple):
     num_frames: int
     height: int
     width: int
-    frames: np.ndarray | None = (
-        None  # uint8 f h w 3: the known video, the control, or an image model's pictures
-    )
+    frames: np.ndarray | None = None  # uint8 f h w 3: known video, control, or an image model's pictures
     mask: Tensor | None = None  # bool f h w, True = generate; None: all of it
     notes: tuple[str, ...] = ()  # what was decided for the user
 
@@ -428,8 +418,8 @@ def encode_text(models: Models, texts: tuple[str, ...]) -> Tensor:
 def encode_known(
     models: Models, request: Request, known: Known, randn: Callable
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(condition 1 c f' h' w', which joins the noisy latents on the channel axis; latents 1 16 f' h' w' of the
-    clip that sampling starts from), None for what the model or the request does not have."""
+    """(condition 1 c f' h' w', which joins the noisy latents on the channel axis; latents 1 16 f' h' w' of
+    the clip that sampling starts from), None for what the model or the request does not have."""
     _, c, f, h, w = latent_shape(models.config, known)
     condition = start = None
     if models.kind == "inpaint":
@@ -493,8 +483,9 @@ def denoise(
         for i, x in enumerate(show_progress(steps, "denoise", progress, total=len(timesteps))):
             if not torch.isfinite(x).all():
                 other = "bfloat16 or float32" if models.dtype == torch.float16 else "float32"
-                raise ValueError(f"the latents stopped being finite at step {i + 1} (timestep {timesteps[i]}) in "
-                                 f"{str(models.dtype)[6:]}; try dtype {other}, or other weights")  # fmt: skip
+                where = f"step {i + 1} (timestep {timesteps[i]}) in {str(models.dtype)[6:]}"
+                raise ValueError(f"the latents stopped being finite at {where}; try dtype {other}, "
+                                 "or other weights")  # fmt: skip
     return x[:, :, num_padding(models.config, latent_grid(*known[:3])[0]) :]
 
 
@@ -583,7 +574,7 @@ def generate(models: Models, prompt: str, output: str = "frames", progress: bool
 def generate_each(
     models: Models, requests: list[Request], known: Known, progress: bool = False
 ) -> Iterator[Tensor]:
-    """The latents of requests that share their files, as `generate` makes them; each network is loaded once."""
+    """What `generate` gives for requests with the same files, as latents; each network is loaded once."""
     randns = [seeded(request.seed) for request in requests]
     with models.use("text_encoder", "text"):
         prompts = {request.texts for request in requests}
@@ -643,21 +634,18 @@ def generate_long(
         if settings.get(name) is not None:
             raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no {name}; "
                              f"leave it out, or make {length} frames")  # fmt: skip
-    if settings.get("seed") is None:
-        settings["seed"] = int.from_bytes(os.urandom(4))
-    record = {"prompt": prompt, "num_frames": num_frames, **settings, **models.record()}
-    start, end_image = settings.pop("image", None), settings.pop("end_image", None)
-    seed = settings.pop("seed")
+    whole = complete(Request(prompt, **settings), models)
+    record = make_record(models, whole, num_frames, whole.height, whole.width)
     overlaps = segments(num_frames, length)
     before = None
     for i, overlap in enumerate(overlaps):
         is_last = i + 1 == len(overlaps)
-        end = end_image if is_last else None
+        end = whole.end_image if is_last else None
         if before is None:
-            given = {"image": start, "end_image": end}
+            given = {"end_image": end}
         else:
             given = continue_from(before[-overlap:], length, end)
-        request = settings | given | {"num_frames": length, "seed": seed + i}
+        request = settings | given | {"num_frames": length, "seed": whole.seed + i}
         file = saved and segment_file(saved, i)
         if file and file.is_file():
             latents = load_segment(file, record)
@@ -665,7 +653,7 @@ def generate_long(
             latents = generate(models, prompt, output="latents", progress=progress, **request)
             if file and models.writes:
                 save_latents(file, latents, record)
-        frames = np.concatenate(list(decode(models, latents, settings.get("tiled", False), progress)))
+        frames = np.concatenate(list(decode(models, latents, whole.tiled, progress)))
         before = frames if before is None else fade(before, frames, overlap)
         kept_back = 0 if is_last else overlaps[i + 1]  # the next segment fades in over them
         yield before[: length - kept_back]
@@ -681,7 +669,7 @@ def continue_from(known: np.ndarray, length: int, end_image: Picture | None) -> 
     if end_image is not None:
         video[-1] = resize(read_image(end_image), height, width)
         mask[-1] = 0
-    return {"video": video, "mask": mask, "height": height, "width": width}
+    return {"image": None, "end_image": None, "video": video, "mask": mask, "height": height, "width": width}
 
 
 def segment_file(path: Path, i: int) -> Path:
@@ -716,8 +704,8 @@ def fade(before: np.ndarray, after: np.ndarray, overlap: int) -> np.ndarray:
 def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
     """Peak memory of each stage, weights and activations, for latents b c f' h' w'.
 
-    Activations are counted in maps of the widest layers and in tokens of the transformer's width, with factors
-    measured on an H200 in bf16 (decoding) and on CPUs.
+    Activations are counted in maps of the VAE's widest layers and in tokens of the transformer's width; the
+    factors are measured, of decoding on an H200 in bf16, else on CPUs.
     """
     size, dit = models.dtype.itemsize, models.config
     tokens = num_tokens(4 * latents[2] - 3, 8 * latents[3], 8 * latents[4], dit.patch_size_t or 1)
@@ -744,34 +732,25 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     num_padded = num_padding(config, latent_grid(*known[:3])[0])
     tokens = num_tokens(*known[:3], config.patch_size_t or 1)
     needs = estimate_bytes(models, latents)
-    steps = int(request.num_steps * request.strength)
-    lines = [
-        f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, "
-        f"{models.num_parameters['transformer'] / 1e9:.3g} B parameters",
-        f"video    {known.width}x{known.height}, {known.num_frames} frames -> {latents[2]} latent frames "
-        f"-> {tokens} tokens",
-        f"sampler  {request.sampler}, {steps} steps, guidance {request.guidance_scale:g}",
-        f"device   {models.device}, {str(models.dtype)[6:]}",
-        "memory   about "
-        + ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
-        + " GiB",
-    ]
-    if len(requests) > 1:
-        lines[1] += f", {len(requests)} of them"
-    if steps < request.num_steps:
-        lines[2] += f", from step {request.num_steps - steps} of {request.num_steps} on"
-    if models.device.type == "cuda":
-        lines[4] += f"; {torch.cuda.mem_get_info(models.device)[0] / 2**30:.1f} free"
-    notes = list(known.notes)
+    memory = ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
+    notes = [*known.notes, *prompt_notes(models, requests)]
     num_decoded = decoded_frames(latents[2] - num_padded, models.first_alone)
     if num_decoded != known.num_frames:
-        notes.append(f"{known.num_frames} frames are an even number of latent frames: this model decodes "
-                     f"{num_decoded}")  # fmt: skip
-    notes += prompt_notes(models, requests)
+        notes.append(f"an even number of latent frames: this model decodes {num_decoded} frames")
     for name, component in (("transformer", config), ("vae", models.vae_config)):
         if unknown := unknown_keys(component):
             notes.append(f"{name}/config.json has keys we do not know: {', '.join(unknown)}")
-    return "\n".join(lines + [f"note     {note}" for note in notes])
+    return "\n".join([
+        f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, "
+        f"{models.num_parameters['transformer'] / 1e9:.3g} B parameters",
+        f"video    {len(requests)} of {known.width}x{known.height}, {known.num_frames} frames -> "
+        f"{latents[2]} latent frames -> {tokens} tokens",
+        f"sampler  {request.sampler}, {request.num_steps} steps, strength {request.strength:g}, "
+        f"guidance {request.guidance_scale:g}",
+        f"device   {models.device}, {str(models.dtype)[6:]}",
+        f"memory   about {memory} GiB",
+        *(f"note     {note}" for note in notes),
+    ])  # fmt: skip
 
 
 def prompt_notes(models: Models, requests: list[Request]) -> list[str]:
@@ -783,9 +762,7 @@ def prompt_notes(models: Models, requests: list[Request]) -> list[str]:
         if unknown := tokenizer.unknown_words(prompt):
             vocabulary = tokenizer.unigram.get_vocab()
             known = [word for word in sorted(vocabulary, key=vocabulary.get) if not word.startswith("<")]
-            notes.append(
-                f"this model does not know: {', '.join(unknown)}. It knows: {', '.join(known):.2000}"
-            )
+            notes.append(f"this model does not know: {', '.join(unknown)}. It knows: {', '.join(known)}")
     return notes
 
 
@@ -813,18 +790,17 @@ def load_latents(path: Path) -> tuple[Tensor, dict]:
     return latents, record
 
 
-def make_record(models: Models, request: Request, known: Known) -> dict:
-    """Everything needed to make a video again: the request, what was decided for it, the models."""
+def make_record(models: Models, request: Request, num_frames: int, height: int, width: int) -> dict:
+    """Everything needed to make a video again: the request, its sizes, the models."""
     asked = {field.name: getattr(request, field.name) for field in fields(request)}
     for name in ("latents", "randn"):
         del asked[name]
-    sizes = {"num_frames": known.num_frames, "height": known.height, "width": known.width}
-    return asked | sizes | models.record()
+    return asked | {"num_frames": num_frames, "height": height, "width": width} | models.record()
 
 
 def check_out(target: Path, inputs: list[str | None]) -> None:
-    """ValueError or OSError for a place that cannot be written to, or an input: found at the end it would cost
-    all the work."""
+    """ValueError or OSError for a place that cannot be written to, or an input: found at the end, it would
+    cost all the work."""
     is_file = target.suffix and not target.is_dir()
     if is_file and target.suffix.lower() not in (".mp4", ".gif", ".png"):
         raise ValueError(f"--out {target}: files end in .mp4, .gif or .png; a folder has no ending")
@@ -870,11 +846,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             text += f" (default {shown})"
         parser.add_argument(flag, help=text, **settings)
 
+    switch = {"action": "store_const", "const": True}
     hub_id = "alibaba-pai/CogVideoX-Fun-V1.1-2b-InP"
     add("prompt", "what to show; several prompts make several videos", nargs="*")
-    add(
-        "--model", f"checkpoint folder, or a hub id such as {hub_id}; default: the tiny one, checkpoints/tiny"
-    )
+    add("--model", f"checkpoint folder, or a hub id such as {hub_id}; default: checkpoints/tiny")
     add("--negative-prompt", "what to steer away from", metavar="TEXT")
     add("--image", "start picture; several are the first frames", nargs="+", metavar="PICTURE")
     add("--end-image", "last frame", metavar="PICTURE")
@@ -887,24 +862,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--num-frames", "4k+1; 1 makes a picture; default: the model's own, or the clip's", type=int)
     add("--num-steps", "steps of the sampler", type=int)
     add("--guidance-scale", "pull towards the prompt; 1: none; default: the model's own, else 6", type=float)
-    add(
-        "--dynamic-guidance", "vary it over the steps, as the reference can", action="store_const", const=True
-    )
+    add("--dynamic-guidance", "vary it over the steps, as the reference can", **switch)
     add("--guidance-interval", "timesteps to guide, 999 the noisiest", type=int, nargs=2)
     add("--noise-aug-strength", "noise on given pictures", type=float)
     add("--sampler", "default: the model's", choices=list(SAMPLERS))
     add("--lora", "add what was fine-tuned, WEIGHT times (default 1)", nargs="+", metavar="FILE[:WEIGHT]")
     add("--seed", "one or several; a seed makes the same video again; default: drawn", type=int, nargs="+")
     add("--num-videos", "videos per prompt, with seeds counted up from --seed", type=int, default=1)
-    add(
-        "--fps", "rate clips are read at and videos are written at; default: the model's, 8 or 16", type=float
-    )
-    add(
-        "--tiled",
-        "the VAE works in tiles: less memory, slightly other pixels",
-        action="store_const",
-        const=True,
-    )
+    add("--fps", "clips are read and videos written at it; default: the model's, 8 or 16", type=float)
+    add("--tiled", "the VAE works in tiles: less memory, slightly other pixels", **switch)
     add("--dtype", "default: bfloat16 on a GPU, else float32", choices=DTYPES)
     add("--device", "such as cuda, cuda:1, mps, cpu; default: the best there is")
     add("--compile", "torch.compile the transformer: slow to start, faster steps", action="store_true")
@@ -967,9 +933,7 @@ def deal(models: Models, items: list) -> list:
     return items if models.on_all_ranks else items[RANK::NUM_RANKS]
 
 
-Video = tuple[
-    Path, Iterator[np.ndarray], dict
-]  # where it goes, chunks of uint8 f h w 3, record of its making
+Video = tuple[Path, Iterator[np.ndarray], dict]  # where it goes, uint8 f h w 3 in chunks, its record
 
 
 def make_videos(models: Models, args: argparse.Namespace, settings: dict, say: Callable) -> Iterator[Video]:
@@ -979,13 +943,13 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, say: C
     say(describe(models, requests, known))
     suffix = ".png" if known.num_frames == 1 else ".mp4"
     paths = agree(output_paths(Path(args.out), len(requests), suffix))
-    dealt = deal(models, list(zip(requests, paths)))
+    requests = deal(models, requests)
+    paths = deal(models, paths)
     progress = not args.quiet and models.writes
     made = []
-    for (request, path), latents in zip(
-        dealt, generate_each(models, [request for request, _ in dealt], known, progress)
-    ):
-        record = make_record(models, request, known)
+    sampled = generate_each(models, requests, known, progress)
+    for latents, request, path in zip(sampled, requests, paths):
+        record = make_record(models, request, *known[:3])
         if models.writes:
             save_latents(path.with_suffix(".safetensors"), latents, record)
             made.append((path, latents, record))
@@ -1008,13 +972,14 @@ def make_long_videos(
     requests = make_requests(models, args, settings)
     overlaps = segments(num_frames, native_size(models.config)[2])
     say(describe(models, requests, read_inputs(requests[0], models.config)))
-    say(f"{num_frames} frames in {len(overlaps)} segments, which have {str(overlaps[1:])[1:-1]} frames in common "
-        f"with those before; seeds {', '.join(str(request.seed) for request in requests)}")  # fmt: skip
+    seeds = ", ".join(str(request.seed) for request in requests)
+    say(f"{num_frames} frames in {len(overlaps)} segments, which have {str(overlaps[1:])[1:-1]} frames in "
+        f"common with those before; seeds {seeds}")  # fmt: skip
     for request, path in deal(models, list(zip(requests, paths))):
-        asked = settings | {"seed": request.seed, "fps": request.fps}
         progress = not args.quiet and models.writes
+        asked = settings | {"seed": request.seed}
         chunks = generate_long(models, request.prompt, num_frames, path, progress, **asked)
-        record = {"prompt": request.prompt, "num_frames": num_frames, **asked, **models.record()}
+        record = make_record(models, request, num_frames, request.height, request.width)
         if models.writes:
             yield path, chunks, record
             for i in range(len(overlaps)):
@@ -1032,8 +997,8 @@ def decode_again(args: argparse.Namespace) -> tuple[Models, Iterator[Video]]:
     models = open_models(args)
     channels = models.vae_config.latent_channels
     if latents.dim() != 5 or latents.shape[:2] != (1, channels):
-        raise ValueError(f"{args.from_latents} holds latents of shape {tuple(latents.shape)}, which the VAE of "
-                         f"{models.model_dir} cannot decode; give the --model they are of")  # fmt: skip
+        raise ValueError(f"{args.from_latents} holds latents of shape {tuple(latents.shape)}, which the VAE "
+                         f"of {models.model_dir} cannot decode; give the --model they are of")  # fmt: skip
     record["fps"] = args.fps or record.get("fps") or native_fps(models.config)
     tiled = args.tiled or record.get("tiled", False)
     suffix = ".png" if latents.shape[2] == 1 else ".mp4"

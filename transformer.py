@@ -390,15 +390,16 @@ class VideoTransformer(nn.Module):
         return table[: num_text + math.prod(grid)]
 
     def _check(self, noisy: Tensor, text: Tensor, condition: Tensor | None) -> None:
-        """The network's door: shapes that would give other numbers than meant, or an error that says nothing."""
+        """The network's door: shapes that would give other numbers than meant, or a riddle of an error."""
         config = self.config
-        batch, channels, f, h, w = noisy.shape
-        num_extra = config.in_channels - config.out_channels
+        batch, _, f, h, w = noisy.shape
+        channels = config.out_channels
+        num_extra = config.in_channels - channels
         wanted = (batch, num_extra, f, h, w) if num_extra else None
         given = None if condition is None else tuple(condition.shape)
-        if channels != config.out_channels or given != wanted:
+        if noisy.shape[1] != channels or given != wanted:
             raise ValueError(f"noisy is {tuple(noisy.shape)} and condition {given}; a model of "
-                             f"{config.in_channels} channels needs {config.out_channels} and {num_extra}")  # fmt: skip
+                             f"{config.in_channels} channels needs {channels} and {num_extra}")  # fmt: skip
         if self.position and text.shape[1] != config.max_text_seq_length:  # RoPE takes any
             raise ValueError(f"text has {text.shape[1]} tokens, not {config.max_text_seq_length}")
         if h % config.patch_size or w % config.patch_size or (f > 1 and f % config.patch[0]):

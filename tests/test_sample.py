@@ -423,7 +423,7 @@ def test_a_long_video_goes_on_from_the_segments_beside_it(tmp_path, monkeypatch,
     assert sample.main(again) == 2
     capsys.readouterr()
     assert sample.main([*again[:-1], again[-1], "--guidance-scale", "3"]) == 2
-    assert "segment-1.safetensors was made with guidance_scale=None, not 3.0" in capsys.readouterr().err
+    assert "segment-1.safetensors was made with guidance_scale=6.0, not 3.0" in capsys.readouterr().err
     without_seed = again[: again.index("--seed")] + again[again.index("--seed") + 2 :]
     assert sample.main(without_seed) == 0
     assert calls == [1, 2, 3, 3]
