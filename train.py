@@ -469,7 +469,7 @@ class Denoising:
     def preview(self, model_dir: Path, path: Path, shown: Sample, num_steps: int) -> None:
         """Make a sample from its caption (and control), as gif and as png strip."""
         models = sample.Models(model_dir, self.dtype, self.device)
-        models.transformer_config, models.kind = self.dit.config, self.kind
+        models.config = self.dit.config
         there = {"text_encoder": "t5", "vae": "vae"}
         there = {name: vars(self)[attribute] for name, attribute in there.items() if attribute in vars(self)}
         models.loaded = {"transformer": self.dit, **there}  # what a cache made needless comes and goes

@@ -10,6 +10,7 @@ from torch import Tensor
 GOLDENS = Path(__file__).parent / "goldens"
 FUN = ["fun-2b-inp", "fun-5b-inp", "fun-1.5-5b-inp", "fun-2b-control"]
 PLAIN = ["cogvideox-2b-t2v", "cogvideox-5b-t2v", "cogvideox-5b-i2v"]
+V15 = ["cogvideox-1.5-5b-t2v", "cogvideox-1.5-5b-i2v"]
 VARIANTS = FUN + PLAIN
 
 

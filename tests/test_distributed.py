@@ -166,13 +166,13 @@ def test_ranks_share_prompts_and_seeds(tmp_path):
         assert (ours - theirs).abs().max() < 1e-5
 
 
-def spread_and_watch(dit) -> None:
-    """`parallel.spread`, and an error if a rank then works on more than its half of the tokens."""
+def divide_and_watch(dit) -> None:
+    """`parallel.divide_tokens`, and an error if a rank then works on more than its half of the tokens."""
 
     def is_half(_, args: tuple) -> None:
         assert args[0].shape[1] <= (num_tokens[-1] + 1) // 2, "a rank works on more than its part"
 
-    spread(dit)
+    divide_tokens(dit)
     num_tokens, block = [], dit.transformer_blocks[0]
     block.register_forward_pre_hook(lambda _, args: num_tokens.append(args[0].shape[1]), prepend=True)
     block.ff.register_forward_pre_hook(is_half)
@@ -180,7 +180,7 @@ def spread_and_watch(dit) -> None:
 
 
 if __name__ == "__main__":
-    spread, parallel.spread = parallel.spread, spread_and_watch
+    divide_tokens, parallel.divide_tokens = parallel.divide_tokens, divide_and_watch
     for argv in json.loads(sys.argv[1]):
         program = train if argv[: len(SMALL)] == SMALL else sample
         assert program.main(argv) == 0

@@ -86,7 +86,7 @@ def test_kinds_of_models_are_as_the_table_says(row):
     by_file = row["default sampler"] == "of scheduler_config.json"
     wanted = models.schedule.default_sampler if by_file else row["default sampler"]
     assert (
-        sample._default_sampler(models) == wanted != ("ddim" if by_file else models.schedule.default_sampler)
+        models.default_sampler == wanted != ("ddim" if by_file else models.schedule.default_sampler)
     )
 
 
@@ -99,7 +99,7 @@ def test_kinds_of_models_decode_in_the_chunks_of_the_table(row, monkeypatch):
         yield torch.zeros(1, 3, 1, 16, 16)
 
     monkeypatch.setattr(VideoVAE, "decode_stream", decode_stream)
-    list(sample.make_frames(load_models(GOLDENS / EXAMPLE[row["kind"]]), torch.zeros(1, 16, 2, 2, 2)))
+    list(sample.decode(load_models(GOLDENS / EXAMPLE[row["kind"]]), torch.zeros(1, 16, 2, 2, 2)))
     assert used == [(row["decode chunks"].startswith("1"), False)]
 
 
@@ -112,7 +112,7 @@ def test_facts_of_the_models_are_as_the_table_says():
         sizes = {"num_attention_heads": heads, "attention_head_dim": width, "num_layers": layers}
         for name in facts["small copy in tests/goldens"][i].split(", "):
             models = load_models(GOLDENS / name)
-            small = models.transformer_config
+            small = models.config
             assert models.vae_config.scaling_factor == float(facts["latent scale scaling_factor"][i])
             assert models.schedule.config.snr_shift_scale == float(
                 facts["snr_shift_scale, for the -cog samplers"][i]

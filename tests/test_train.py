@@ -574,7 +574,7 @@ def test_a_run_with_another_position_rule_says_so_in_its_folder(tmp_path):
     assert VideoTransformer.from_pretrained(tmp_path / "on").position == "slice"
     path = tmp_path / "on/transformer/config.json"
     path.write_text(path.read_text().replace('"slice"', '"sideways"'))
-    with pytest.raises(ValueError, match="position = 'sideways' should be one of interpolate"):
+    with pytest.raises(ValueError, match="position = 'sideways' is not supported, only 'interpolate'"):
         VideoTransformer.from_pretrained(tmp_path / "on")
 
 
