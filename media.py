@@ -52,7 +52,7 @@ def _note(path: object, text: str) -> None:
     """Said once on stderr, as stdout may be a report."""
     if str(path) not in notes:
         notes[str(path)] = text
-        print(f"note: {path} {text}".encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+        sys.stderr.write(f"note: {path} {text}\n".encode(errors="backslashreplace").decode())
 
 
 def must_exist(path: str | Path) -> None:
@@ -124,16 +124,19 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _to_rgb(picture: Image.Image, name: object, background: int) -> np.ndarray:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("I", "F"):
-        raise ValueError(f"{name} has 32 bits a pixel, which do not say what is white; save it with 8 or 16")
+        raise ValueError(
+            f"{name} has pixels of 32 bits, which do not say what is white; save it as 8-bit .png"
+        )
     if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
         picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-    rgb = _to_srgb(picture)
-    if picture.has_transparency_data:
-        alpha = picture.convert("RGBA").getchannel("A")
-        if background == WHITE and alpha.getextrema()[0] < 255:
-            _note(name, "is transparent in parts; they are put on white")
-        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, (background,) * 3), alpha)
-    return np.asarray(rgb)  # h w 3
+    if not picture.has_transparency_data:
+        return np.asarray(_to_srgb(picture))  # h w 3
+    picture = picture.convert("RGBA")
+    alpha = picture.getchannel("A")
+    if background == WHITE and alpha.getextrema()[0] < 255:
+        _note(name, "is transparent in parts; they are put on white")
+    under = Image.new("RGB", picture.size, (background,) * 3)
+    return np.asarray(Image.composite(_to_srgb(picture), under, alpha))
 
 
 def _to_srgb(picture: Image.Image) -> Image.Image:
@@ -143,9 +146,8 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
             if "sRGB" not in ImageCms.getProfileDescription(profile):
                 plain = picture if picture.mode in ("L", "CMYK") else picture.convert("RGB")
-                return ImageCms.profileToProfile(
-                    plain, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
-                )
+                srgb = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(plain, profile, srgb, outputMode="RGB")
     return picture.convert("RGB")
 
 
@@ -344,7 +346,7 @@ def _measure_once(path: str | Path, *_) -> Measure:
     with _open_clip(path) as (container, stream, step, has_times, _):
         if stream.frames > 0 and (stream.duration or 0) > 0:
             num_cut = sum(entry.is_discard for entry in stream.index_entries)  # a trimmed .mp4 keeps them
-            return Measure(stream.frames - num_cut, float(stream.duration * stream.time_base), False)
+            return Measure(max(1, stream.frames - num_cut), float(stream.duration * stream.time_base), False)
         num_frames, seconds, is_joined, last = 0, 0.0, False, None
         for packet in container.demux(stream):
             if packet.size:

@@ -1,6 +1,9 @@
 """Pictures and clips against the reference's prepared ones, and against real files encoded here."""
 
+import fcntl
+import os
 import struct
+import types
 from pathlib import Path
 
 import av
@@ -11,6 +14,7 @@ from conftest import GOLDENS, expected
 from PIL import Image, ImageCms
 
 import media
+import runtime
 
 ASSETS = GOLDENS / "fun-2b-inp" / "assets"
 CASES = Path(__file__).parent / "cases"
@@ -224,6 +228,27 @@ def test_an_mp4_keeps_rate_colours_and_bytes_whether_whole_or_in_chunks(tmp_path
         assert (picture.colorspace, picture.color_range) == (1, 1)  # said to be BT.709, limited range
 
 
+def test_a_clip_is_written_where_folders_cannot_be_opened(tmp_path, monkeypatch):
+    """As on Windows, which syncs no folder and no file that is open for reading alone."""
+
+    def sync_on_windows(handle):
+        assert fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+    def open_on_windows(path, flags, *rest):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        return os.open(path, flags, *rest)
+
+    windows = types.SimpleNamespace(
+        **vars(os) | {"name": "nt", "fsync": sync_on_windows, "open": open_on_windows}
+    )
+    monkeypatch.setattr(runtime, "os", windows)
+    for ending in (".mp4", ".gif", ".png"):
+        for _ in range(2):  # over the first
+            media.write_video(colourful(3), tmp_path / f"a{ending}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "a.mp4", "a.png"]
+
+
 def test_an_mp4_loses_nothing_one_would_see(tmp_path):
     photo = media.resize(media.read_image(ASSETS / "start.png"), 64, 96)[..., 1:2].repeat(3, -1)  # luma only
     media.write_video(photo[None].repeat(5, 0), tmp_path / "a.mp4")
@@ -416,10 +441,10 @@ def test_a_mask_is_white_times_alpha(tmp_path):
 
 
 def test_pictures_of_more_than_8_bits_are_scaled_or_refused(tmp_path):
-    with pytest.raises(ValueError, match="float32.tif has 32 bits a pixel"):
+    with pytest.raises(ValueError, match="float32.tif has pixels of 32 bits"):
         media.read_image(CASES / "float32.tif")
     Image.fromarray(np.arange(256, dtype=np.int32)[None]).save(tmp_path / "int32.tif")
-    with pytest.raises(ValueError, match="int32.tif has 32 bits a pixel"):
+    with pytest.raises(ValueError, match="int32.tif has pixels of 32 bits"):
         media.read_image(tmp_path / "int32.tif")
     deep = Image.fromarray((np.arange(256, dtype=np.uint16) * 257)[None])
     for ending in ("png", "tif", "jp2"):
