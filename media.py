@@ -207,6 +207,8 @@ def _open_clip(path: str | Path) -> Iterator[OpenClip]:
             is_cover = stream is not None and stream.disposition & av.stream.Disposition.attached_pic
             if stream is None or is_cover or kind == "tty":  # FFmpeg draws text files as terminals
                 raise ValueError(f"{path} holds no video; give an .mp4 or .gif")
+            if container.metadata.get("major_brand", "").startswith(("hei", "mif1")):  # FFmpeg shows a tile
+                raise ValueError(f"{path} is a HEIC picture, which is not read here; convert it to .jpg")
             if stream.width * stream.height > MAX_PIXELS:
                 raise ValueError(f"{path} is too large, {stream.width}x{stream.height}; make it smaller")
             stream.thread_count = 1  # threads read ahead, and may fail beyond the span

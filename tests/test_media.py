@@ -181,7 +181,10 @@ def test_unreadable_media_give_one_sentence_with_the_name(tmp_path):
             with pytest.raises((ValueError, OSError), match=str(tmp_path / name)) as caught:
                 read(tmp_path / name)
             assert "\n" not in str(caught.value) and not isinstance(caught.value, av.FFmpegError)
-    for name in ("whole.mp4", "half.png", "empty.mp4", "missing.png", "c.gif"):
+    (tmp_path / "a.heic").write_bytes((tmp_path / "whole.mp4").read_bytes().replace(b"ftypisom", b"ftypheic"))
+    with pytest.raises(ValueError, match="a.heic is a HEIC picture"):
+        media.read_video(tmp_path / "a.heic")
+    for name in ("whole.mp4", "half.png", "empty.mp4", "missing.png", "c.gif", "a.heic"):
         with pytest.raises((ValueError, OSError), match=name):
             media.read_image(tmp_path / name)
     with pytest.raises(ValueError, match="is a picture"):
