@@ -41,7 +41,7 @@ PICTURE_ENDINGS = set(
 )
 CLIP_ENDINGS = set(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m1v .m2v .vob .ts .mts .m2ts .wmv .asf .flv .f4v .3gp .3g2"
-    " .ogv .mxf .dv .mjpeg .h264 .264 .hevc .h265 .ivf .y4m".split()
+    " .ogv .mxf .dv .h264 .264 .hevc .h265 .ivf .y4m".split()
 )
 MAX_PIXELS, MAX_CLIP_PIXELS = 2**26, 2**31  # 8192x8192, and 32 of them: a small file may claim anything
 WHITE, BLACK = 255, 0
