@@ -167,6 +167,8 @@ def resize(
 def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 f h w 3 resized to cover height x width; what sticks out is cut off evenly on both sides."""
     full_height, full_width = frames.shape[1:3]
+    if (full_height, full_width) == (height, width):
+        return frames
     scale = min(full_height / height, full_width / width)  # pixels of the file for one of ours
     top, left = (full_height - height * scale) / 2, (full_width - width * scale) / 2
     return resize(frames, height, width, box=(left, top, full_width - left, full_height - top))
@@ -447,12 +449,13 @@ def read_mask(source: Picture, num_frames: int, height: int, width: int, fps: fl
 # ---------------------------------------------------------------- between files and the network
 
 
-def to_pixels(frames: np.ndarray) -> Tensor:
-    """uint8 f h w 3 -> float 3 f h w in [−1, 1].
+def to_pixels(frames: np.ndarray | Tensor) -> Tensor:
+    """uint8 … f h w 3 -> float … 3 f h w in [−1, 1]; a tensor stays on its device.
 
     The same bits as the reference's u8/255·2 − 1, because doubling is exact.
     """
-    return torch.from_numpy(np.array(frames)).movedim(-1, -4).float() / 127.5 - 1
+    frames = frames if isinstance(frames, Tensor) else torch.from_numpy(np.array(frames))
+    return frames.movedim(-1, -4).float() / 127.5 - 1
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
