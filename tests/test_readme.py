@@ -86,9 +86,7 @@ def test_kinds_of_models_are_as_the_table_says(row):
     models = load_models(GOLDENS / EXAMPLE[row["kind"]])
     by_file = row["default sampler"] == "of scheduler_config.json"
     wanted = models.schedule.default_sampler if by_file else row["default sampler"]
-    assert (
-        models.default_sampler == wanted != ("ddim" if by_file else models.schedule.default_sampler)
-    )
+    assert models.default_sampler == wanted != ("ddim" if by_file else models.schedule.default_sampler)
 
 
 @pytest.mark.parametrize("row", table("| kind |"), ids=lambda row: row["kind"])
