@@ -508,7 +508,7 @@ def guided(
         )
         x = x.to(models.dtype)
         prompts = text if scale != 1 else text[-1:]
-        tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
+        tokens = x.shape[2:].numel() // (4 * dit.config.patch[0])
         outputs = []
         for prompt in prompts.split(2 if tokens <= SMALL_TOKENS else 1):  # one by one, for memory
             count = len(prompt)
