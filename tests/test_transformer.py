@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDENS, V15, VARIANTS, assert_close, expected
+from conftest import GOLDENS, ROUNDS_ALIKE, V15, VARIANTS, assert_close, expected
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,7 +74,7 @@ def random_inputs(dit: VideoTransformer, f: int = 3, h: int = 4, w: int = 6) -> 
 # ---------------------------------------------------------------- the reference's numbers
 
 # Outputs are of order 4, computed in float32 through two blocks; other summation orders move them by 2e-6.
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5 if ROUNDS_ALIKE else 2e-5
 
 
 @pytest.mark.parametrize("variant, index", CASES)
