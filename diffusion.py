@@ -19,13 +19,14 @@ Dimension key: b batch; samples are b c f h w, though nothing here looks beyond 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from checkpoint import component_dir, read_config, write_config
+from checkpoint import component_dir, only, read_config, write_config
 
 NUM_TIMESTEPS = 1000
 SNR_SHIFTED = {"ddim-cog", "dpm-cog"}  # these take a Schedule with snr_shift=True, all others one without
@@ -65,15 +66,12 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         free = ("beta_start", "beta_end", "snr_shift_scale", "extra")
-        only = ONLY | {f.name: f.default for f in fields(self) if f.name not in free}
-        for name, value in (self.extra | vars(self)).items():
-            if name in only and value != only[name]:
-                raise ValueError(f"{name} = {value!r:.60} is not supported; CogVideoX has {only[name]!r}")
+        needed = {f.name: f.default for f in fields(self) if f.name not in free}
+        for name, value in (needed | ONLY).items():
+            only(self, **{name: (value,)})
         if not (0 < self.beta_start < self.beta_end < 1 and self.snr_shift_scale > 0):
-            raise ValueError(
-                f"beta_start = {self.beta_start}, beta_end = {self.beta_end}, snr_shift_scale = "
-                f"{self.snr_shift_scale} make no schedule; CogVideoX has 0.00085, 0.012, 3 (2B) or 1 (5B)"
-            )
+            raise ValueError(f"beta_start = {self.beta_start}, beta_end = {self.beta_end}, snr_shift_scale = "
+                             f"{self.snr_shift_scale} make no schedule")  # fmt: skip
 
 
 # ---------------------------------------------------------------- the schedule
@@ -101,14 +99,9 @@ def noise_table(config: ScheduleConfig, snr_shift: bool) -> Tensor:
     return table
 
 
-def checked_timesteps(t: int | Tensor) -> Tensor:
-    """Timesteps as a long tensor on the CPU, where the tables are; ValueError unless all are in 0 … 999."""
-    t = torch.as_tensor(t, device="cpu")
-    if t.numel() == 0 or t.is_floating_point() or t.min() < 0 or t.max() >= NUM_TIMESTEPS:
-        raise ValueError(
-            f"timesteps {t.tolist()} should be one or more integers from 0 to {NUM_TIMESTEPS - 1}"
-        )
-    return t.long()
+def check_timesteps(t: Tensor) -> None:
+    if t.is_floating_point() or t.min() < 0 or t.max() >= NUM_TIMESTEPS:
+        raise ValueError(f"timesteps {t.tolist()} should be integers from 0 to {NUM_TIMESTEPS - 1}")
 
 
 class Schedule:
@@ -117,27 +110,31 @@ class Schedule:
     def __init__(self, config: ScheduleConfig | None = None, snr_shift: bool = False) -> None:
         """snr_shift: True for the samplers in SNR_SHIFTED, False for training and all other samplers."""
         self.config = config or ScheduleConfig()
-        self.alphas_cumprod = noise_table(self.config, snr_shift)  # ā, on the CPU; cast and moved where used
+        self.alphas_cumprod = noise_table(self.config, snr_shift)  # ā, on the CPU
+        self._tables = {self.alphas_cumprod.device: self.alphas_cumprod}  # and copies where timesteps are
 
-    def _mix(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ā and √(1−ā), shaped to multiply `like`; ā gets its dtype before the root, as in the reference."""
-        a = self.alphas_cumprod[checked_timesteps(t)].to(like).view(-1, *[1] * (like.ndim - 1))
+    def _roots(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """√ā and √(1−ā), shaped to multiply `like`; ā gets its dtype before the root, as in the reference.
+
+        Timesteps on a GPU are looked up there and not checked: nothing waits for the device.
+        """
+        t = torch.as_tensor(t)
+        if t.device.type == "cpu":
+            check_timesteps(t)
+        if t.device not in self._tables:
+            self._tables[t.device] = self.alphas_cumprod.to(t.device)
+        a = self._tables[t.device][t].to(like).view(-1, *[1] * (like.ndim - 1))
         return a**0.5, (1 - a) ** 0.5
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
         """√ā·x0 + √(1−ā)·noise   (b …, in x0's dtype); ValueError for timesteps outside 0 … 999."""
-        signal, spread = self._mix(t, x0)
-        return signal * x0 + spread * noise
+        root_a, root_noise = self._roots(t, x0)
+        return root_a * x0 + root_noise * noise
 
     def velocity(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
         """The training target √ā·noise − √(1−ā)·x0   (arXiv 2202.00512, sec. 4 and app. D)."""
-        signal, spread = self._mix(t, x0)
-        return signal * noise - spread * x0
-
-    def x0(self, noisy: Tensor, velocity: Tensor, t: int | Tensor) -> Tensor:
-        """The clean sample √ā·noisy − √(1−ā)·velocity that a velocity implies."""
-        signal, spread = self._mix(t, noisy)
-        return signal * noisy - spread * velocity
+        root_a, root_noise = self._roots(t, x0)
+        return root_a * noise - root_noise * x0
 
     def timesteps(self, num_steps: int) -> Tensor:
         """`num_steps` timesteps from 999 down, evenly spaced, long   ("trailing", arXiv 2305.08891, table 2).
@@ -163,12 +160,7 @@ class Schedule:
     @property
     def default_guidance_scale(self) -> float:
         """What the file says suits the model, under a key of ours that official ones lack; else 6."""
-        scale = self.config.extra.get("guidance_scale", 6.0)
-        if not (isinstance(scale, (int, float)) and 0 <= scale <= 1000):
-            raise ValueError(
-                f"scheduler_config.json: guidance_scale = {scale!r:.60} is outside 0 … 1000; try 6"
-            )
-        return float(scale)
+        return float(self.config.extra.get("guidance_scale", 6.0))
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, snr_shift: bool = False) -> Self:
@@ -234,22 +226,25 @@ def _strided_steps(schedule: Schedule, timesteps: Tensor, num_steps: int | None)
 
     Where num_steps does not divide 1000 the two differ: seven steps end at ā(0), a hair short of clean.
     """
-    timesteps = checked_timesteps(timesteps).tolist()
-    table, stride = schedule.alphas_cumprod, NUM_TIMESTEPS // (num_steps or len(timesteps))
-    for t in timesteps:
-        yield t, table[t], table[t - stride] if t >= stride else torch.ones_like(table[0])
+    table = schedule.alphas_cumprod
+    stride = NUM_TIMESTEPS // (num_steps or len(timesteps))
+    for t in timesteps.tolist():
+        a_next = table[t - stride] if t >= stride else torch.ones_like(table[0])
+        yield t, table[t], a_next
 
 
 def _listed_steps(schedule: Schedule, timesteps: Tensor) -> list[Step]:
     """Steps that end at the next timestep of the list, the last at ā = 1.
 
-    ā(999) = 0 would be an infinite σ; 2⁻²⁴, the smallest float16, makes it 4096.
+    ā(999) = 0 would be an infinite σ; 2⁻²⁴, the smallest float16, makes it 4096, as the reference has it. For
+    a sampler of second order that is no detail: the infinite first step becomes a finite one, whose length
+    means nothing, and the second step weighs its extrapolation by it. `dpmpp` does so because the reference
+    does. A new one had better take two steps in first order first, or use `_strided_steps`, where ā is 0.
     """
-    timesteps = checked_timesteps(timesteps).tolist()
     table = schedule.alphas_cumprod.clone()
     table[-1] = 2**-24
     levels = [*table[timesteps], torch.ones_like(table[0])]
-    return list(zip(timesteps, levels, levels[1:]))
+    return list(zip(timesteps.tolist(), levels, levels[1:]))
 
 
 def _x0(x: Tensor, velocity: Tensor, a: Tensor) -> Tensor:
@@ -298,8 +293,8 @@ def dpm_cog(
         target = _extrapolate(x0, x0_old, a_old, a, a_next)
         h = _log_snr(a_next) - _log_snr(a)
         keep = ((1 - a_next) / (1 - a)) ** 0.5 * (-h).exp()
-        spread = ((1 - a_next) * -(-2 * h).expm1()) ** 0.5
-        x = (keep * x - a_next**0.5 * (-2 * h).expm1() * target + spread * randn()).to(x.dtype)
+        fresh = ((1 - a_next) * -(-2 * h).expm1()) ** 0.5
+        x = (keep * x - a_next**0.5 * (-2 * h).expm1() * target + fresh * randn()).to(x.dtype)
         x0_old, a_old = x0, a
         yield x
 
@@ -323,31 +318,30 @@ def _sigma(a: Tensor) -> Tensor:
 
 
 def euler(
-    denoise: Net, x: Tensor, schedule: Schedule, timesteps: Tensor, randn: Draw, num_steps: int | None = None
+    denoise: Net,
+    x: Tensor,
+    schedule: Schedule,
+    timesteps: Tensor,
+    randn: Draw,
+    num_steps: int | None = None,
+    ancestral: bool = False,
 ) -> Iterator[Tensor]:
-    """Euler's method on dx/dσ = (x − x0)/σ, x = x0 + σ·noise   (Karras et al. 2022, arXiv 2206.00364)."""
+    """Euler's method on dx/dσ = (x − x0)/σ, x = x0 + σ·noise   (Karras et al. 2022, arXiv 2206.00364).
+
+    ancestral: straight to σ_down, then noise up to σ_next: σ_down² + σ_up² = σ_next²   (k-diffusion)
+    """
     steps = _listed_steps(schedule, timesteps)
     x = x / steps[0][1] ** 0.5  # from √ā·x0 + √(1−ā)·noise to x0 + σ·noise
     for t, a, a_next in steps:
-        x_in = a**0.5 * x
-        slope = (x - _x0(x_in, denoise(x_in, t), a)) / _sigma(a)
-        x = (x + slope * (_sigma(a_next) - _sigma(a))).to(x.dtype)
-        yield x
-
-
-def euler_ancestral(
-    denoise: Net, x: Tensor, schedule: Schedule, timesteps: Tensor, randn: Draw, num_steps: int | None = None
-) -> Iterator[Tensor]:
-    """Euler to σ_down, then noise up to σ_next: σ_down² + σ_up² = σ_next²   (k-diffusion sampling.py)."""
-    steps = _listed_steps(schedule, timesteps)
-    x = x / steps[0][1] ** 0.5
-    for t, a, a_next in steps:
-        sigma, sigma_next = _sigma(a), _sigma(a_next)
-        sigma_up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
-        sigma_down = (sigma_next**2 - sigma_up**2) ** 0.5
+        sigma, sigma_end = _sigma(a), _sigma(a_next)
         x_in = a**0.5 * x
         slope = (x - _x0(x_in, denoise(x_in, t), a)) / sigma
-        x = (x + slope * (sigma_down - sigma) + sigma_up * randn()).to(x.dtype)
+        if ancestral:
+            sigma_up = (sigma_end**2 * (sigma**2 - sigma_end**2) / sigma**2) ** 0.5
+            sigma_end = (sigma_end**2 - sigma_up**2) ** 0.5
+        x = (x + slope * (sigma_end - sigma)).to(x.dtype)
+        if ancestral:
+            x = (x + sigma_up * randn()).to(x.dtype)
         yield x
 
 
@@ -356,6 +350,6 @@ SAMPLERS: dict[str, Callable[..., Iterator[Tensor]]] = {
     "ddim-cog": ddim,  # the two differ only in the table of the schedule they are given
     "dpm-cog": dpm_cog,
     "euler": euler,
-    "euler-a": euler_ancestral,
+    "euler-a": partial(euler, ancestral=True),
     "dpm++": dpmpp,
 }

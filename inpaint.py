@@ -155,7 +155,11 @@ def resize_mask(mask: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 def encode_known(
-    vae: VideoVAE, pixels: Tensor, mask: Tensor, zero_if_all_masked: bool | Tensor = True
+    vae: VideoVAE,
+    pixels: Tensor,
+    mask: Tensor,
+    zero_if_all_masked: bool | Tensor = True,
+    tiled: bool = False,
 ) -> dict[str, Tensor]:
     """What an inpaint model is shown, before its posterior is sampled; arguments as of `inpaint_condition`.
 
@@ -169,7 +173,7 @@ def encode_known(
     grid = latent_grid(*pixels.shape[2:])
     moments = pixels.new_zeros(len(pixels), 2 * vae.config.latent_channels, *grid, dtype=vae.dtype)
     if not zero.all():  # what is going to be zero need not be encoded
-        moments[~zero] = torch.cat(vae.moments(hidden[~zero]), dim=1)
+        moments[~zero] = torch.cat(vae.moments(hidden[~zero], tiled), dim=1)
     return {"masked": moments, "known": resize_mask(1 - mask, grid), "zero": zero}
 
 
@@ -192,6 +196,7 @@ def inpaint_condition(
     mask: Tensor,
     generator: torch.Generator | None = None,
     zero_if_all_masked: bool | Tensor = True,
+    tiled: bool = False,
 ) -> Tensor:
     """Which pixels are known, and what they show, as an inpaint model reads it: b 17 f' h' w'.
 
@@ -201,7 +206,7 @@ def inpaint_condition(
     """
     if mask.shape != (len(pixels), 1, *pixels.shape[2:]):
         raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit pixels {tuple(pixels.shape)}")
-    shown = encode_known(vae, pixels, mask, zero_if_all_masked)
+    shown = encode_known(vae, pixels, mask, zero_if_all_masked, tiled)
     noise = None
     if generator is not None:
         mean = shown["masked"].chunk(2, dim=1)[0]

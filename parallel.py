@@ -20,7 +20,7 @@ from transformer import VideoTransformer
 BLOCK, HEADS, TOKENS = 1, 1, 2  # dimensions: tokens in a block; heads and tokens in attention
 
 
-def spread(dit: VideoTransformer) -> None:
+def divide_tokens(dit: VideoTransformer) -> None:
     """From now on all ranks compute each forward of `dit` together, and each gets the whole velocity.
 
     All must call it, with the same arguments.

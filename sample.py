@@ -1,45 +1,43 @@
-"""From a prompt, pictures or a clip to a video: the models in turn, `generate`, and the command line.
+"""From a prompt, pictures or a clip to a video: `generate`, long videos, and the command line.
 
-    prompt ─Tokenizer, T5─────────────────────────────────► text b L d          use("text_encoder")
-    picture(s), clip + mask ─inpaint_condition────────────► condition b 17 …    use("vae")
+    prompt ─Tokenizer, T5─────────────────────────────────► text 1|2 L d        encode_text
+    picture(s), clip + mask ─inpaint_condition────────────► condition 1 17 …    encode_known
     clip, if strength < 1 ─encode, add_noise──────┐
-    noise ────────────────────────────────────────┴► latents ─sampler × steps─► use("transformer")
-    latents ─decode_stream────────────────────────► uint8 f h w 3 ─► mp4, gif, png   use("vae")
+    noise ────────────────────────────────────────┴► latents ─sampler × steps─► denoise
+    latents ─decode_stream────────────────────────► uint8 f h w 3 ─► mp4, gif, png   decode
 
 Each network is loaded at its first use and freed after it, so that the largest, not the sum, has to fit.
 What a model can do follows from its channels (`model_kind`):
 
-    in_channels   kind     takes a prompt and …                         its pipeline in the reference
-    16            text     a clip and strength                          diffusers CogVideoX, …VideoToVideo
-    33 = 16+1+16  inpaint  start, end pictures; clip, mask, strength    CogVideoX_Fun_Pipeline_Inpaint
-    32 = 16+16    control  a control clip                               CogVideoX_Fun_Pipeline_Control
-    32, learned   image    a start picture                              diffusers CogVideoXImageToVideo
+    in_channels         kind     takes a prompt and …                       its pipeline in the reference
+    16                  text     a clip and strength                        diffusers CogVideoX, …VideoToVideo
+    33 = 16+1+16        inpaint  start, end pictures; clip, mask, strength  CogVideoX_Fun_Pipeline_Inpaint
+    32 = 16+16          control  a control clip                             CogVideoX_Fun_Pipeline_Control
+    32, learned or ofs  image    a start picture, an end if trained so      diffusers CogVideoXImageToVideo
+
+Models of kind text or image with patch_size_t are CogVideoX1.5: where the number of latent frames is odd they
+make one more in front, which is dropped before decoding (`num_padding`).
 
 b batch · c channels · f frames · h w height, width (f' h' w' of latents) · L text tokens · d model width
 """
 
 import argparse
-import collections
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
-import platform
 import re
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -51,36 +49,41 @@ from checkpoint import (
     open_safetensors,
     read_config,
     save_tensors,
+    unknown_keys,
 )
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
 from inpaint import add_reference_noise, inpaint_condition
-from media import read_image, read_mask, read_video, resize, to_pixels, to_uint8, write_video
-from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, fail, in_one_line
+from media import Clip, Picture, read_image, read_mask, read_video, resize, to_pixels, to_uint8, write_video
+from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, fail, in_one_line, say
+from sizes import check_frames, latent_grid, num_tokens
 from text_encoder import ALIASES, T5Config, T5Encoder, Tokenizer
 from transformer import (
     TransformerConfig,
     VideoTransformer,
-    check_num_frames,
-    check_side,
+    check_size,
     choose_size,
     legal_num_frames,
     model_kind,
+    native_fps,
     native_size,
+    num_padding,
 )
 from vae import VAEConfig, VideoVAE, decoded_frames
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 SMALL_TOKENS = 1024  # up to here both prompts go through the network together
-FPS = 8.0  # what CogVideoX-Fun is trained at
-Picture = str | Path | Image.Image | np.ndarray  # an array is uint8 h w 3
-Clip = str | Path | np.ndarray  # an array is uint8 f h w 3, at the model's frame rate already
 
 
 # ---------------------------------------------------------------- models, loaded in turn
 
 
 class Models:
-    """The networks of a checkpoint folder, each in memory only while it is in use (unless keep)."""
+    """The networks of a checkpoint folder, each in memory only while it is in use.
+
+    keep: leave them in memory afterwards, for a next call
+    loras: (file, weight), merged into the transformer, see `lora.load_lora`
+    raises ValueError or OSError if the folder is not a complete checkpoint
+    """
 
     def __init__(
         self,
@@ -90,54 +93,74 @@ class Models:
         keep: bool = False,
         loras: list[tuple[str | Path, float]] = [],
     ):
-        self.model_dir, self.dtype, self.keep = Path(model_dir), dtype, keep
-        self.device, self.loras = torch.device(device), list(loras)
-        self.spread = False  # True: all ranks compute each velocity together, see parallel.py
+        self.model_dir = Path(model_dir)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.keep = keep
+        self.loras = list(loras)
+        self.on_all_ranks = False  # True: all ranks compute each velocity together, see parallel.py
         self.compile = False  # True: the transformer's blocks by torch.compile
-        config_file = component_dir(model_dir, "transformer") / "config.json"
-        self.transformer_config = read_config(TransformerConfig, config_file)
+        self.config = read_config(TransformerConfig, component_dir(model_dir, "transformer") / "config.json")
         self.vae_config = read_config(VAEConfig, component_dir(model_dir, "vae") / "config.json")
-        self.kind = model_kind(self.transformer_config)
-        self.first_alone = self.kind in ("inpaint", "control")  # Fun's chunks in decoding, else diffusers'
         self.schedule = Schedule.from_pretrained(model_dir)
         self.tokenizer = Tokenizer.from_pretrained(model_dir)
         self.loaded: dict[str, nn.Module] = {}  # put a module here to use it in place of the folder's
         self.seconds: dict[str, float] = {}  # spent in each stage so far
 
+    @property
+    def kind(self) -> str:
+        return model_kind(self.config)
+
+    @property
+    def first_alone(self) -> bool:
+        """Whether latents are decoded in Fun's chunks, not diffusers'."""
+        return self.kind in ("inpaint", "control")
+
+    @property
+    def default_sampler(self) -> str:
+        """Fun samples with plain DDIM whatever scheduler_config.json says; diffusers does what it says."""
+        return "ddim" if self.first_alone else self.schedule.default_sampler
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what it makes: of what all ranks make together, only the first."""
+        return RANK == 0 or not self.on_all_ranks
+
+    def record(self) -> dict:
+        """What a video depends on beside its request."""
+        return {
+            "model": str(self.model_dir),
+            "lora": [f"{file}:{weight}" for file, weight in self.loras],
+            "kind": self.kind,
+            "dtype": str(self.dtype)[6:],
+            "device": str(self.device),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        }
+
     @functools.cached_property
     def num_parameters(self) -> dict[str, int]:
-        """Of each network; on the way every file's header is held against its config, and those against each
-        other, so that nothing is found missing half-way.
+        """Of each network; on the way the header of every weight file is held against its config, so that
+        nothing is found missing when hours of sampling are over. ValueError or OSError if something is."""
+        t5 = self._from_headers(T5Encoder, T5Config, "text_encoder", ALIASES)
+        vae = self._from_headers(VideoVAE, VAEConfig, "vae")
+        dit = self._from_headers(VideoTransformer, TransformerConfig, "transformer")
+        for file, _ in self.loras:
+            from lora import read_lora  # here and below, so that lora.py can be deleted
 
-        raises ValueError or OSError in one sentence
-        """
-        counts, configs = {}, {}
-        for name, network, config_class in (
-            ("text_encoder", T5Encoder, T5Config),
-            ("vae", VideoVAE, VAEConfig),
-            ("transformer", VideoTransformer, TransformerConfig),
-        ):
-            folder = component_dir(self.model_dir, name)
-            module = build(network, config_class, folder)
-            check_weights(module, folder, ALIASES if name == "text_encoder" else {})
-            for file, _ in self.loras if name == "transformer" else []:
-                from lora import read_lora  # here and below, so that lora.py can be deleted
+            read_lora(dit, file)
+        theirs = t5.config.d_model, vae.config.latent_channels
+        if theirs != (dit.config.text_embed_dim, dit.config.out_channels):
+            raise ValueError(f"{self.model_dir}: the transformer's text_embed_dim and out_channels do not "
+                             f"fit the text encoder's d_model and the VAE's latent_channels, {theirs}; "
+                             "take all components from one checkpoint")  # fmt: skip
+        networks = {"text_encoder": t5, "vae": vae, "transformer": dit}
+        return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
-                read_lora(module, file)
-            counts[name] = sum(p.numel() for p in module.parameters())
-            configs[name] = module.config
-        t5, vae, dit = configs.values()
-        for name, ours, other, theirs in (
-            ("text_embed_dim", dit.text_embed_dim, "the text encoder's d_model", t5.d_model),
-            ("out_channels", dit.out_channels, "the VAE's latent_channels", vae.latent_channels),
-            ("patch_size", dit.patch_size, "the only patch_size known", 2),
-            ("the VAE's in_channels", vae.in_channels, "the number of colours", 3),
-            ("the VAE's out_channels", vae.out_channels, "the number of colours", 3),
-        ):
-            if ours != theirs:
-                raise ValueError(f"{self.model_dir}: {name} = {ours} does not fit {other} = {theirs}; "
-                                 "take all components from one checkpoint")  # fmt: skip
-        return counts
+    def _from_headers(self, network: type, config_class: type, name: str, aliases: dict = {}) -> nn.Module:
+        folder = component_dir(self.model_dir, name)
+        module = build(network, config_class, folder)
+        check_weights(module, folder, aliases)
+        return module
 
     @contextlib.contextmanager
     def use(self, name: str, stage: str) -> Iterator[nn.Module]:
@@ -158,41 +181,51 @@ class Models:
                 del self.loaded[name]
             self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
 
+    @torch.inference_mode(False)  # what is kept can be trained afterwards
     def _load(self, name: str) -> nn.Module:
         if name == "text_encoder":  # if it goes again at once, its layers need not be in memory together
             return T5Encoder.from_pretrained(self.model_dir, self.dtype, self.device, stream=not self.keep)
-        network = {"vae": VideoVAE, "transformer": VideoTransformer}[name]
-        module = network.from_pretrained(self.model_dir, self.dtype, self.device)
-        for file, weight in self.loras if name == "transformer" else []:
+        if name == "vae":
+            vae = VideoVAE.from_pretrained(self.model_dir, self.dtype, self.device)
+            with contextlib.suppress(ModuleNotFoundError):  # vae_fast.py may be deleted
+                from vae_fast import speed_up
+
+                speed_up(vae)
+            return vae
+        dit = VideoTransformer.from_pretrained(self.model_dir, self.dtype, self.device)
+        for file, weight in self.loras:
             from lora import load_lora
 
-            load_lora(module, file, weight)
-        if self.spread and name == "transformer":
-            from parallel import spread
+            load_lora(dit, file, weight)
+        if self.on_all_ranks:
+            from parallel import divide_tokens
 
-            spread(module)
-        for block in module.transformer_blocks if self.compile and name == "transformer" else ():
-            block.compile()
-        return module
+            divide_tokens(dit)
+        if self.compile:
+            for block in dit.transformer_blocks:
+                block.compile()
+        return dit
 
 
-def load_models(
-    model_dir: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    keep: bool = False,
-    loras: list[tuple[str | Path, float]] = [],
-) -> Models:
-    """Look at a checkpoint folder; its networks are loaded when `generate` first uses them.
-
-    keep: leave them in memory afterwards, for a next call
-    loras: (file, weight), merged into the transformer, see `lora.load_lora`
-    raises ValueError or OSError if the folder is not a complete checkpoint
-    """
-    return Models(model_dir, dtype, device, keep, loras)
+load_models = Models  # as a function: it only looks at the folder; networks come when they are used
 
 
 # ---------------------------------------------------------------- what is asked for
+
+TAKES = {  # by kind
+    "text": {"video"},
+    "inpaint": {"image", "end_image", "video", "mask"},
+    "control": {"control_video"},
+    "image": {"image", "end_image"},
+}
+NEEDS = {"control": "control_video", "image": "image"}
+BOUNDS = {  # of numbers that would else give noise, or nothing, after a long wait
+    "guidance_scale": (0, 1000, "the models like 6"),
+    "noise_aug_strength": (0, 10, "try 0.0563"),
+    "num_steps": (1, 1000, "the models like 50"),
+    "seed": (0, 2**63 - 1, "any in between will do"),
+    "fps": (0.1, 1000, "the models like 8 or 16"),
+}
 
 
 @dataclass
@@ -206,7 +239,7 @@ class Request:
     video: Clip | None = None  # to change (strength < 1) or to fill in (mask)
     mask: Picture | Clip | None = None  # white, from 240 up: generate here
     control_video: Clip | None = None
-    strength: float = 1.0  # share of the steps taken from the clip; 1 starts at pure noise
+    strength: float = 1.0  # how many of the steps are taken from the clip; 1 starts at pure noise
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
@@ -217,40 +250,36 @@ class Request:
     sampler: str | None = None  # a key of diffusion.SAMPLERS
     seed: int | None = None  # None draws one
     noise_aug_strength: float = 0.0563  # noise on known pixels, if the model was trained with it
-    latents: Tensor | None = None  # b 16 f' h' w' to start from; nothing is added to them
+    fps: float | None = None  # clips are read at it
+    tiled: bool = False  # the VAE works through tiles: less memory, slightly other numbers
+    latents: Tensor | None = None  # 1 16 f' h' w' to start from; nothing is added to them
     randn: Callable[[tuple[int, ...]], Tensor] | None = None  # replaces every normal draw
 
     def check(self, config: TransformerConfig) -> None:
         """Stop, in one sentence, at what cannot be done or contradicts itself; reads no file."""
-        kind, pictures = model_kind(config), ("image", "end_image", "video", "mask", "control_video")
+        kind = model_kind(config)
         name = f"a {config.in_channels}-channel {kind} model"
-        given = {flag for flag in pictures if getattr(self, flag) is not None}
-        takes = {
-            "text": {"video"},
-            "inpaint": {"image", "end_image", "video", "mask"},
-            "control": {"control_video"},
-            "image": {"image"},
-        }[kind]
-        for flag in (flag for flag in pictures if flag in given - takes):
-            other = "32-channel control" if flag == "control_video" else "33-channel inpaint (…-InP)"
-            raise ValueError(f"{name} takes no {flag}; a {other} model does")
-        if kind in ("control", "image") and not given:
-            raise ValueError(f"{name} needs {'an image' if kind == 'image' else 'a control_video'}")
-        if "video" in given and given & {"image", "end_image"}:
-            picture = "image" if "image" in given else "end_image"
-            raise ValueError(f"{picture} and video contradict each other; a video brings its own frames")
-        if "mask" in given and not ("video" in given or given == {"image", "mask"}):
+        files = ("image", "end_image", "video", "mask", "control_video")
+        given = [flag for flag in files if getattr(self, flag) is not None]
+        for flag in given:
+            if flag not in TAKES[kind]:
+                other = "32-channel control" if flag == "control_video" else "33-channel inpaint (…-InP)"
+                raise ValueError(f"{name} takes no {flag}; a {other} model does")
+        if kind in NEEDS and NEEDS[kind] not in given:
+            raise ValueError(f"{name} needs {NEEDS[kind]}")
+        if "video" in given and ("image" in given or "end_image" in given):
+            raise ValueError(f"{given[0]} and video contradict each other; a video brings its own frames")
+        if "mask" in given and not ("video" in given or given == ["image", "mask"]):
             raise ValueError("mask needs a video, or an image without end_image, to say where to change it")
+        if kind == "image" and isinstance(self.image, list) and len(self.image) > 1:
+            raise ValueError(
+                f"{name} takes one image, not {len(self.image)}; a 33-channel model takes several"
+            )
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength={self.strength} is outside (0, 1]; 0.8 changes much, 0.5 less, 1 all")
         if self.strength < 1 and self.video is None:
             raise ValueError(f"strength={self.strength} needs a video to start from")
-        for flag, least, most, advice in (
-            ("guidance_scale", 0, 1000, "the models like 6"),
-            ("noise_aug_strength", 0, 10, "try 0.0563"),
-            ("num_steps", 1, 1000, "the models like 50"),
-            ("seed", 0, 2**63 - 1, "any in between will do"),
-        ):
+        for flag, (least, most, advice) in BOUNDS.items():
             value = getattr(self, flag)
             if value is not None and not least <= value <= most:  # true of NaN, too
                 raise ValueError(f"{flag}={value} is outside {least} … {most}; {advice}")
@@ -262,254 +291,264 @@ class Request:
         if int(self.num_steps * self.strength) < 1:
             raise ValueError(f"strength={self.strength} of num_steps={self.num_steps} leaves no step; "
                              f"the smallest is {1 / self.num_steps:.3g}")  # fmt: skip
-        for flag in ("height", "width"):
-            if getattr(self, flag) is not None:
-                check_side(config, flag, getattr(self, flag))
-        if self.num_frames is not None:
-            check_num_frames(config, self.num_frames)
+        check_size(config, self.height, self.width, self.num_frames)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt, after the negative one if there is guidance."""
+        return (self.negative_prompt, self.prompt) if self.guidance_scale > 1 else (self.prompt,)
 
 
-# ---------------------------------------------------------------- one job: everything read and decided
+def complete(request: Request, models: Models) -> Request:
+    """The request, checked, with the model's own values for what was left open, but for sizes."""
+    request.check(models.config)
+    own = {
+        "guidance_scale": models.schedule.default_guidance_scale,
+        "sampler": models.default_sampler,
+        "fps": native_fps(models.config),
+        "seed": int.from_bytes(os.urandom(4)),
+    }
+    missing = {name: value for name, value in own.items() if getattr(request, name) is None}
+    return replace(request, **missing)
 
 
-@dataclass
-class Job:
-    """A request with its files read and its sizes fixed; then what each stage adds for the next."""
+# ---------------------------------------------------------------- files read, sizes decided
 
-    request: Request
+
+class Known(NamedTuple):
+    """What the files of a request hold, and the sizes that follow from them."""
+
+    num_frames: int
     height: int
     width: int
-    num_frames: int
-    sampler: str
-    guidance_scale: float
-    seed: int
-    frames: np.ndarray | None = None  # uint8 f h w 3: the known video, the clip to start from, or the control
+    frames: np.ndarray | None = None  # uint8 f h w 3: known video, control, or an image model's pictures
     mask: Tensor | None = None  # bool f h w, True = generate; None: all of it
-    notes: list[str] = field(default_factory=list)  # what was decided for the user
-    text: Tensor | None = None  # 1 or 2 L d: (negative prompt and) prompt
-    condition: Tensor | None = None  # 1 c f' h' w'
-    start: Tensor | None = None  # 1 16 f' h' w': the latents the sampler begins with
-
-    def latent_shape(self, channels: int) -> tuple[int, int, int, int, int]:
-        return 1, channels, (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8
+    notes: tuple[str, ...] = ()  # what was decided for the user
 
 
-def prepare(models: Models, request: Request, fps: float = FPS) -> Job:
-    """Check a request, read its files, and fix sizes; no network is loaded.
+def read_inputs(request: Request, config: TransformerConfig) -> Known:
+    """Read a request's files at the size of the video; no network is needed.
 
-    fps: the rate clips are read at
-    raises ValueError or OSError, in one sentence, for whatever a user can get wrong
+    raises ValueError or OSError, in one sentence
     """
-    config = models.transformer_config
-    request.check(config)
+    notes = []
+    source = request.video if request.video is not None else request.control_video
+    num_frames = request.num_frames or native_size(config)[2]
+    clip = None
+    if source is not None:
+        clip = read_video(source, num_frames, request.fps)
+        if request.num_frames and len(clip) < num_frames:
+            raise ValueError(f"the clip has {len(clip)} frames at {request.fps:g} fps, fewer than "
+                             f"num_frames={num_frames}; leave num_frames out")  # fmt: skip
+        num_frames = len(clip)
+    legal = legal_num_frames(config, num_frames, from_clip=request.video is not None)
+    if legal != num_frames:
+        notes.append(f"{num_frames} frames do not fit this model: the first {legal} are taken")
+        num_frames = legal
+
     images = request.image if isinstance(request.image, list) else [request.image]
     images = [read_image(image) for image in images if image is not None]
-    end_image = None if request.end_image is None else read_image(request.end_image)
-    clip, source = None, request.video if request.video is not None else request.control_video
-    most_frames = request.num_frames or native_size(config)[2]
-    if source is not None:
-        clip = read_video(source, most_frames, fps)
+    end = None if request.end_image is None else read_image(request.end_image)
+    first = next((x for x in (*images, end, *(() if clip is None else clip[:1])) if x is not None), None)
+    source_size = None if first is None else first.shape[:2]
+    height, width = choose_size(config, request.height, request.width, source_size)
+    if source_size not in (None, (height, width)) and not (request.height and request.width):
+        notes.append(f"the input of {source_size[1]}x{source_size[0]} is made at {width}x{height}")
 
-    num_frames = request.num_frames or (most_frames if clip is None else len(clip))
-    if clip is not None and len(clip) < num_frames:
-        name = source if isinstance(source, (str, Path)) else "the clip"
-        raise ValueError(f"{name} has {len(clip)} frames at {fps:g} fps, fewer than num_frames={num_frames}; "
-                         f"try {legal_num_frames(config, len(clip))}")  # fmt: skip
-    num_frames = legal_num_frames(config, num_frames)
-    first = clip if clip is not None else images or ([end_image] if end_image is not None else None)
-    size = None if first is None else first[0].shape[:2]
-    height, width = choose_size(config, request.height, request.width, size)
-    check_side(config, "height", height)
-    check_side(config, "width", width)
-    seed = int.from_bytes(os.urandom(4)) if request.seed is None else request.seed
-    sampler, guidance_scale = request.sampler or _default_sampler(models), request.guidance_scale
-    guidance_scale = models.schedule.default_guidance_scale if guidance_scale is None else guidance_scale
-    job = Job(request, height, width, num_frames, sampler, guidance_scale, seed)
-
-    if size not in (None, (height, width)) and not (request.height and request.width):
-        job.notes.append(f"the input of {size[1]}x{size[0]} is made at {width}x{height}")
-    if clip is not None and num_frames < len(clip) < most_frames:
-        job.notes.append(f"of the clip's {len(clip)} frames at {fps:g} fps the first {num_frames} are taken")
-    if request.video is not None and request.strength == 1 and request.mask is None:
-        job.notes.append("strength 1 and no mask: only the size and length of the video are kept")
-    if (out := decoded_frames(job.latent_shape(1)[2], models.first_alone)) != num_frames:
-        job.notes.append(f"{num_frames} frames are an even number of latent frames: this model decodes {out}")
-    if first is not None:
-        check_memory({"the input": 3 * 4 * num_frames * height * width}, torch.device("cpu"))  # fp32 pixels
+    frames = mask = None
     if clip is not None:
-        job.frames = resize(clip[:num_frames], height, width)
-    elif images or end_image is not None:
-        job.frames, job.mask = _known_frames(images, end_image, job)
+        frames = resize(clip[:num_frames], height, width)
+        if request.video is not None and request.strength == 1 and request.mask is None:
+            notes.append("strength 1 and no mask: only the size and length of the video are kept")
+    elif images or end is not None:
+        images = [resize(image, height, width) for image in images]
+        ends = [] if end is None else [resize(end, height, width)]
+        if model_kind(config) == "image":
+            frames = np.stack(images + ends)
+        else:
+            frames, mask = place_pictures(images, ends, num_frames)
     if request.mask is not None:
-        job.mask = read_mask(request.mask, num_frames, height, width, fps)
-    if job.mask is not None and not job.mask.any():
+        mask = read_mask(request.mask, num_frames, height, width, request.fps)
+    if mask is not None and not mask.any():
         raise ValueError("what is given fills all frames and leaves nothing to generate; "
                          "raise num_frames, or give a mask with some white")  # fmt: skip
-    shape = job.latent_shape(config.out_channels)
+    known = Known(num_frames, height, width, frames, mask, tuple(notes))
+    shape = latent_shape(config, known)
     if request.latents is not None and tuple(request.latents.shape) != shape:
         raise ValueError(f"latents of shape {tuple(request.latents.shape)} do not fit; expected {shape}")
-    return job
+    return known
 
 
-def _default_sampler(models: Models) -> str:
-    """Fun samples with plain DDIM whatever scheduler_config.json says; diffusers does what it says."""
-    return "ddim" if models.kind in ("inpaint", "control") else models.schedule.default_sampler
-
-
-def _known_frames(
-    images: list[np.ndarray], end: np.ndarray | None, job: Job
-) -> tuple[np.ndarray, Tensor | None]:
+def place_pictures(
+    images: list[np.ndarray], ends: list[np.ndarray], num_frames: int
+) -> tuple[np.ndarray, Tensor]:
     """Pictures as a clip and its mask: the first on every frame, the others and the end on their own.
 
     The unknown frames are blacked out later; repeating the start picture there is the reference's way.
     """
-    num_given = len(images) + (end is not None)
-    if num_given > job.num_frames:
-        raise ValueError(f"{num_given} pictures are more than num_frames={job.num_frames}")
-    images = [resize(image, job.height, job.width) for image in images]
-    end = None if end is None else resize(end, job.height, job.width)
-    frames = np.repeat((images[0] if images else end)[None], job.num_frames, axis=0)
-    mask = torch.ones(job.num_frames, job.height, job.width, dtype=torch.bool)
-    for i, image in enumerate(images):
-        frames[i], mask[i] = image, False
-    if end is not None:
-        frames[-1], mask[-1] = end, False
+    pictures = images + ends
+    if len(pictures) > num_frames:
+        raise ValueError(f"{len(pictures)} pictures are more than num_frames={num_frames}")
+    frames = np.repeat(pictures[0][None], num_frames, axis=0)
+    mask = torch.ones(frames.shape[:3], dtype=torch.bool)
+    places = [*range(len(images)), *([num_frames - 1] * len(ends))]
+    for place, picture in zip(places, pictures):
+        frames[place] = picture
+        mask[place] = False
     return frames, mask
+
+
+def latent_shape(config: TransformerConfig, known: Known) -> tuple[int, int, int, int, int]:
+    """Of what the network makes, 1 16 f' h' w': CogVideoX1.5's padding counts."""
+    f, h, w = latent_grid(known.num_frames, known.height, known.width)
+    return 1, config.out_channels, f + num_padding(config, f), h, w
 
 
 # ---------------------------------------------------------------- the stages
 
 
 @torch.inference_mode()
-def encode_texts(models: Models, jobs: list[Job], progress: bool) -> None:
-    """Each job's prompt, after the negative prompt if there is guidance: 1 or 2 L d."""
-    length, texts = models.transformer_config.max_text_seq_length, {}
+def encode_text(models: Models, texts: tuple[str, ...]) -> Tensor:
+    """What T5 makes of (the negative and) the prompt: 1 or 2 L d."""
     with models.use("text_encoder", "text") as t5:
-        for job in _bar(jobs, "text", progress):
-            request = job.request
-            prompts = [request.negative_prompt] * (job.guidance_scale > 1) + [request.prompt]
-            if (key := tuple(prompts)) not in texts:
-                texts[key] = t5(models.tokenizer(prompts, length))
-            job.text = texts[key]
+        return t5(models.tokenizer(list(texts), models.config.max_text_seq_length))
 
 
 @torch.inference_mode()
-def encode_inputs(models: Models, jobs: list[Job], draws: list[Callable], progress: bool) -> None:
-    """What each job's model is told beside the text, and the clip's latents if sampling starts from them."""
-    needs_vae = any(job.frames is not None for job in jobs)
-    with models.use("vae", "encode") if needs_vae else contextlib.nullcontext() as vae:
-        for job, randn in zip(_bar(jobs, "encode", progress), draws):
-            pixels = None  # 1 3 f h w
-            if job.frames is not None:
-                pixels = to_pixels(job.frames)[None].to(models.device)
-            job.condition = encode_condition(models, vae, job, pixels, randn)
-            if job.request.strength < 1 and job.request.latents is None:
-                mean, logvar = vae.moments(pixels)
-                job.start = vae.posterior(mean, logvar, randn(tuple(mean.shape)))
-
-
-def encode_condition(
-    models: Models, vae: VideoVAE | None, job: Job, pixels: Tensor | None, randn: Callable
-) -> Tensor | None:
-    """What joins the noisy latents on the channel axis, 1 c f' h' w'; None for a text model."""
-    config, request = models.transformer_config, job.request
-    shape = job.latent_shape(config.out_channels)
+def encode_known(
+    models: Models, request: Request, known: Known, randn: Callable
+) -> tuple[Tensor | None, Tensor | None]:
+    """(condition 1 c f' h' w', which joins the noisy latents on the channel axis; latents 1 16 f' h' w' of
+    the clip that sampling starts from), None for what the model or the request does not have."""
+    _, c, f, h, w = latent_shape(models.config, known)
+    condition = start = None
     if models.kind == "inpaint":
-        if pixels is None or job.mask is None:  # nothing is known
-            return torch.zeros(1, shape[1] + 1, *shape[2:])
-        if config.add_noise_in_inpaint_model and request.noise_aug_strength > 0:
-            noise = randn(tuple(pixels.shape)).to(pixels)
-            pixels = add_reference_noise(pixels, request.noise_aug_strength, noise)
-        return inpaint_condition(vae, pixels, job.mask[None, None].to(pixels))
-    if models.kind == "control":
-        return vae.encode(pixels)
-    if models.kind == "image":  # a sample of the posterior, as diffusers does; later frames are zero
-        mean, logvar = vae.moments(pixels[:, :, :1])
-        first = vae.posterior(mean, logvar, randn(tuple(mean.shape)))
-        return torch.cat([first, first.new_zeros(*shape[:2], shape[2] - 1, *shape[3:])], dim=2)
-    return None
+        condition = torch.zeros(1, 1 + c, f, h, w)  # nothing is known
+    if known.frames is None:
+        return condition, start
+    pixels = to_pixels(known.frames)[None].to(models.device)  # 1 3 f h w
+    with models.use("vae", "encode") as vae:
+        if models.kind == "inpaint" and known.mask is not None:
+            shown = pixels
+            if models.config.add_noise_in_inpaint_model and request.noise_aug_strength > 0:
+                noise = randn(tuple(pixels.shape)).to(pixels)
+                shown = add_reference_noise(pixels, request.noise_aug_strength, noise)
+            mask = known.mask[None, None].to(pixels)
+            condition = inpaint_condition(vae, shown, mask, tiled=request.tiled)
+        elif models.kind == "control":
+            condition = vae.encode(pixels, tiled=request.tiled)
+        elif models.kind == "image":  # the start, zeros, and the end where there is one
+            condition = torch.zeros(1, c, f, h, w)
+            for place, picture in zip((0, f - 1), pixels.split(1, dim=2)):
+                latents = vae.encode_first_picture(picture, randn((1, c, 1, h, w)))
+                condition[:, :, place : place + 1] = latents.float()
+        if request.strength < 1 and request.latents is None:
+            mean, logvar = vae.moments(pixels, tiled=request.tiled)
+            start = vae.posterior(mean, logvar, randn(tuple(mean.shape)))
+    return condition, start
 
 
 @torch.inference_mode()
-def denoise(models: Models, dit: VideoTransformer, job: Job, randn: Callable, progress: bool) -> Tensor:
-    """The sampler's loop: from job.start to clean latents 1 16 f' h' w', float32.
+def denoise(
+    models: Models,
+    request: Request,
+    known: Known,
+    text: Tensor,
+    condition: Tensor | None,
+    start: Tensor | None,
+    randn: Callable,
+    progress: bool = False,
+) -> Tensor:
+    """The sampler's loop: from noise, or the noised clip, to clean latents 1 16 f' h' w', float32.
 
     raises ValueError at the step where the latents stop being finite
     """
-    request, dtype = job.request, models.dtype
-    schedule = Schedule(models.schedule.config, snr_shift=job.sampler in SNR_SHIFTED)
+    schedule = Schedule(models.schedule.config, snr_shift=request.sampler in SNR_SHIFTED)
     timesteps = schedule.timesteps(request.num_steps)
-    timesteps = timesteps[len(timesteps) - int(request.num_steps * request.strength) :]
+    timesteps = timesteps[request.num_steps - int(request.num_steps * request.strength) :]
+    shape = latent_shape(models.config, known)
     x = request.latents
     if x is None:
-        x = randn(job.latent_shape(models.transformer_config.out_channels)).to(models.device, torch.float32)
-        if job.start is not None:
-            x = schedule.add_noise(job.start.float(), x, timesteps[:1])
+        x = randn(shape).to(models.device, torch.float32)
+        if start is not None:
+            x = schedule.add_noise(start.float(), x, timesteps[:1])
     x = x.to(models.device, torch.float32)
-    text = dit.project_text(job.text.to(models.device, dtype))
-    condition = None if job.condition is None else job.condition.to(models.device, dtype)
-    together = num_tokens(models.transformer_config, x.shape) <= SMALL_TOKENS  # else one by one, for memory
+
+    def noise_like_x() -> Tensor:
+        return randn(shape).to(x)
+
+    with models.use("transformer", "denoise") as dit:
+        velocity = guided(models, dit, request, text, condition, len(timesteps))
+        steps = SAMPLERS[request.sampler](velocity, x, schedule, timesteps, noise_like_x, request.num_steps)
+        for i, x in enumerate(show_progress(steps, "denoise", progress, total=len(timesteps))):
+            if not torch.isfinite(x).all():
+                other = "bfloat16 or float32" if models.dtype == torch.float16 else "float32"
+                where = f"step {i + 1} (timestep {timesteps[i]}) in {str(models.dtype)[6:]}"
+                raise ValueError(f"the latents stopped being finite at {where}; try dtype {other}, "
+                                 "or other weights")  # fmt: skip
+    return x[:, :, num_padding(models.config, latent_grid(*known[:3])[0]) :]
+
+
+def guided(
+    models: Models,
+    dit: VideoTransformer,
+    request: Request,
+    text: Tensor,
+    condition: Tensor | None,
+    num_steps: int,
+) -> Callable[[Tensor, int], Tensor]:
+    """velocity(x, t) of the prompt, pulled away from that of the negative one where the step is guided."""
+    text = dit.project_text(text.to(models.device, models.dtype))
+    if condition is not None:
+        condition = condition.to(models.device, models.dtype)
 
     def velocity(x: Tensor, t: int) -> Tensor:
         scale = guidance_at(
-            t, job.guidance_scale, len(timesteps), request.dynamic_guidance, request.guidance_interval
+            t, request.guidance_scale, num_steps, request.dynamic_guidance, request.guidance_interval
         )
-        x, outputs = x.to(dtype), []
-        for part in (text if scale != 1 else text[-1:]).split(2 if together else 1):
-            noisy, extra = (
-                None if c is None else c.expand(len(part), -1, -1, -1, -1) for c in (x, condition)
-            )
-            outputs += dit(noisy, t, part, extra, text_projected=True).split(1)
-        return guide(*outputs, scale) if len(outputs) == 2 else outputs[0].float()
+        x = x.to(models.dtype)
+        prompts = text if scale != 1 else text[-1:]
+        tokens = x.shape[2:].numel() // (4 * dit.config.patch[0])
+        outputs = []
+        for prompt in prompts.split(2 if tokens <= SMALL_TOKENS else 1):  # one by one, for memory
+            count = len(prompt)
+            told = None if condition is None else condition.expand(count, -1, -1, -1, -1)
+            noisy = x.expand(count, -1, -1, -1, -1)
+            outputs += dit(noisy, t, prompt, told, text_projected=True).split(1)
+        if len(outputs) == 1:
+            return outputs[0].float()
+        return guide(*outputs, scale)
 
-    steps = SAMPLERS[job.sampler](
-        velocity, x, schedule, timesteps, lambda: randn(tuple(x.shape)).to(x), request.num_steps
-    )
-    for i, x in enumerate(_bar(steps, "denoise", progress, total=len(timesteps))):
-        if not torch.isfinite(x).all():
-            other = "bfloat16 or float32" if dtype == torch.float16 else "float32"
-            raise ValueError(f"the latents stopped being finite at step {i + 1} (timestep {timesteps[i]}) in "
-                             f"{str(dtype)[6:]}; try dtype {other}, or other weights")  # fmt: skip
-    return x
+    return velocity
 
 
-def make_latents(models: Models, jobs: list[Job], progress: bool = False) -> Iterator[Tensor]:
-    """The clean latents of each job in turn; every network is loaded once for all of them."""
-    if not jobs:
-        return
-    draws = [job.request.randn or _seeded_randn(job.seed) for job in jobs]
-    encode_texts(models, jobs, progress)
-    encode_inputs(models, jobs, draws, progress)
-    with models.use("transformer", "denoise") as dit:
-        for job, randn in zip(jobs, draws):
-            yield denoise(models, dit, job, randn, progress)
-
-
-def _seeded_randn(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
-    """Draws on the CPU, so that a seed means the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda shape: torch.randn(shape, generator=generator)
-
-
-def _bar(items, stage: str, progress: bool, **settings) -> tqdm:
-    """Steps and seconds left of a stage, at a terminal only: in a file the bars would pile up."""
-    return tqdm(items, stage, disable=None if progress else True, leave=False, **settings)
-
-
-def make_frames(models: Models, latents: Tensor, progress: bool = False) -> Iterator[np.ndarray]:
-    """Decode latents 1 16 f' h' w' into chunks of uint8 f h w 3, as they become ready.
+def decode(
+    models: Models, latents: Tensor, tiled: bool = False, progress: bool = False
+) -> Iterator[np.ndarray]:
+    """Latents 1 16 f' h' w' to chunks of uint8 f h w 3, as they become ready.
 
     raises ValueError if the pixels are not finite
     """
     num_frames = decoded_frames(latents.shape[2], models.first_alone)
-    bar = _bar(None, "decode", progress, unit="frame", total=num_frames)
+    bar = show_progress(None, "decode", progress, unit="frame", total=num_frames)
     with models.use("vae", "decode") as vae, bar:
-        for pixels in vae.decode_stream(latents, first_alone=models.first_alone):
+        for pixels in vae.decode_stream(latents, tiled=tiled, first_alone=models.first_alone):
             if not torch.isfinite(pixels).all():
                 raise ValueError(f"the decoded frames are not finite in {str(models.dtype)[6:]}; decode the "
                                  "saved latents with dtype float32, or use other weights")  # fmt: skip
             bar.update(pixels.shape[2])
             yield to_uint8(pixels[0])
+
+
+def seeded(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
+    """Draws on the CPU, so that a seed means the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(shape, generator=generator)
+
+
+def show_progress(items: Iterable | None, stage: str, progress: bool, **settings) -> tqdm:
+    """Steps and seconds left of a stage, at a terminal only: in a file the bars would pile up."""
+    return tqdm(items, stage, disable=None if progress else True, leave=False, **settings)
 
 
 def generate(models: Models, prompt: str, output: str = "frames", progress: bool = False, **settings):
@@ -521,29 +560,46 @@ def generate(models: Models, prompt: str, output: str = "frames", progress: bool
     initial noise, sampler.
     raises ValueError or OSError, in one sentence, for whatever the caller can get wrong
     """
-    if output not in ("frames", "latents"):
-        raise ValueError(f"output={output!r} should be 'frames' or 'latents'")
-    job = prepare(models, Request(prompt, **settings))
-    [latents] = list(make_latents(models, [job], progress))
-    return latents if output == "latents" else np.concatenate(list(make_frames(models, latents, progress)))
+    request = complete(Request(prompt, **settings), models)
+    known = read_inputs(request, models.config)
+    randn = request.randn or seeded(request.seed)
+    text = encode_text(models, request.texts)
+    condition, start = encode_known(models, request, known, randn)
+    latents = denoise(models, request, known, text, condition, start, randn, progress)
+    if output == "latents":
+        return latents
+    return np.concatenate(list(decode(models, latents, request.tiled, progress)))
+
+
+def generate_each(
+    models: Models, requests: list[Request], known: Known, progress: bool = False
+) -> Iterator[Tensor]:
+    """What `generate` gives for requests with the same files, as latents; each network is loaded once."""
+    randns = [seeded(request.seed) for request in requests]
+    with models.use("text_encoder", "text"):
+        prompts = {request.texts for request in requests}
+        texts = {texts: encode_text(models, texts) for texts in sorted(prompts)}
+    encoded = []
+    with models.use("vae", "encode") if known.frames is not None else contextlib.nullcontext():
+        for request, randn in zip(requests, randns):
+            encoded.append(encode_known(models, request, known, randn))
+    with models.use("transformer", "denoise"):
+        for request, randn, (condition, start) in zip(requests, randns, encoded):
+            text = texts[request.texts]
+            yield denoise(models, request, known, text, condition, start, randn, progress)
 
 
 # ---------------------------------------------------------------- longer than the model
 
-MOST_FRAMES = 16385
 OVERLAP = 5  # frames that a segment of a long video is given of the one before: two latent frames
 
 
 def segments(num_frames: int, length: int, overlap: int = OVERLAP) -> list[int]:
-    """How many frames each segment shares with the one before, for num_frames in segments of `length`.
+    """How many frames each segment has in common with the one before, for num_frames in segments of `length`.
 
-    The first shares none; the last as many as are needed to fill it.
-    raises ValueError unless num_frames is 4k+1 and at most 16385, more than half an hour
+    The first has none; the last as many as are needed to fill it. ValueError unless num_frames is 4k+1.
     """
-    if num_frames % 4 != 1:
-        raise ValueError(f"num_frames={num_frames}; the VAE needs 4k+1, try {num_frames // 4 * 4 + 1}")
-    if num_frames > MOST_FRAMES:
-        raise ValueError(f"num_frames={num_frames} is very long; the most is {MOST_FRAMES}")
+    check_frames(num_frames)
     shared, done = [0], length
     while done < num_frames:
         new = min(length - overlap, num_frames - done)
@@ -552,216 +608,220 @@ def segments(num_frames: int, length: int, overlap: int = OVERLAP) -> list[int]:
     return shared
 
 
+def is_long(models: Models, num_frames: int | None) -> bool:
+    return models.kind == "inpaint" and (num_frames or 0) > native_size(models.config)[2]
+
+
 def generate_long(
-    models: Models, prompt: str, num_frames: int, progress: bool = False, **settings
+    models: Models,
+    prompt: str,
+    num_frames: int,
+    saved: Path | None = None,
+    progress: bool = False,
+    **settings,
 ) -> Iterator[np.ndarray]:
     """A video of any length, in chunks uint8 f h w 3: segments of the model's own length, where each is given
     the last frames of the one before as known frames of an inpaint model, and fades in over them. Memory does
     not grow with it.
 
     settings: as for `generate`, but what gives other frames than the first and last ones
-    raises ValueError for other models and settings
+    saved: the video's path; the latents of segment i are kept beside it as …-segment-i.safetensors, and those
+        that are there already are not sampled again
+    raises ValueError for other models and settings, and if a kept segment was made with other settings
     """
-    length = native_size(models.transformer_config)[2]
-    given = {name for name in ("video", "mask", "control_video", "latents") if settings.get(name) is not None}
-    if given:
-        raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no "
-                         f"{min(given)}; leave it out, or make {length} frames")  # fmt: skip
-    images = {name: settings.pop(name, None) for name in ("image", "end_image")}
-    seed = settings.pop("seed", None)
-    seed = int.from_bytes(os.urandom(4)) if seed is None else seed
-    overlaps, before = segments(num_frames, length), None
-    for i, shared in enumerate(overlaps):
-        end = images["end_image"] if i == len(overlaps) - 1 else None
-        request = settings | {"num_frames": length, "seed": seed + i}
+    length = native_size(models.config)[2]
+    for name in ("video", "mask", "control_video", "latents"):
+        if settings.get(name) is not None:
+            raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no {name}; "
+                             f"leave it out, or make {length} frames")  # fmt: skip
+    whole = complete(Request(prompt, **settings), models)
+    record = make_record(models, whole, num_frames, whole.height, whole.width)
+    overlaps = segments(num_frames, length)
+    before = None
+    for i, overlap in enumerate(overlaps):
+        is_last = i + 1 == len(overlaps)
+        end = whole.end_image if is_last else None
         if before is None:
-            request |= {"image": images["image"], "end_image": end}
+            given = {"end_image": end}
         else:
-            height, width = before.shape[1:3]
-            video, mask = np.zeros_like(before), np.full_like(before, 255)
-            video[:shared], mask[:shared] = before[-shared:], 0
-            if end is not None:
-                video[-1], mask[-1] = resize(read_image(end), height, width), 0
-            request |= {"video": video, "mask": mask, "height": height, "width": width}
-        frames = generate(models, prompt, progress=progress, **request)
-        before = frames if before is None else fade(before, frames, shared)
-        kept_back = overlaps[i + 1] if i + 1 < len(overlaps) else 0  # the next segment fades in over them
+            given = continue_from(before[-overlap:], length, end)
+        request = settings | given | {"num_frames": length, "seed": whole.seed + i}
+        file = saved and segment_file(saved, i)
+        if file and file.is_file():
+            latents = load_segment(file, record)
+        else:
+            latents = generate(models, prompt, output="latents", progress=progress, **request)
+            if file and models.writes:
+                save_latents(file, latents, record)
+        frames = np.concatenate(list(decode(models, latents, whole.tiled, progress)))
+        before = frames if before is None else fade(before, frames, overlap)
+        kept_back = 0 if is_last else overlaps[i + 1]  # the next segment fades in over them
         yield before[: length - kept_back]
 
 
-def fade(before: np.ndarray, after: np.ndarray, shared: int) -> np.ndarray:
+def continue_from(known: np.ndarray, length: int, end_image: Picture | None) -> dict:
+    """The settings of a segment that begins with the known frames, uint8 f h w 3, and ends with a picture."""
+    height, width = known.shape[1:3]
+    video = np.zeros((length, height, width, 3), np.uint8)
+    mask = np.full_like(video, 255)
+    video[: len(known)] = known
+    mask[: len(known)] = 0
+    if end_image is not None:
+        video[-1] = resize(read_image(end_image), height, width)
+        mask[-1] = 0
+    return {"image": None, "end_image": None, "video": video, "mask": mask, "height": height, "width": width}
+
+
+def segment_file(path: Path, i: int) -> Path:
+    return path.with_name(f"{path.stem}-segment-{i + 1}.safetensors")
+
+
+def load_segment(file: Path, record: dict) -> Tensor:
+    """Its latents; ValueError if the record of then, but for the device, is not the record of now."""
+    latents, then = load_latents(file)
+    now = json.loads(as_json(record))
+    for name in now.keys() | then.keys():
+        if name not in ("device", "versions") and now.get(name) != then.get(name):
+            raise ValueError(f"{file} was made with {name}={then.get(name)}, not {now.get(name)}; "
+                             "give the same settings, delete it, or choose another --out")  # fmt: skip
+    return latents
+
+
+def fade(before: np.ndarray, after: np.ndarray, overlap: int) -> np.ndarray:
     """`after`, its first frames, which `before` ends with as well, mixed with those: ever less of `before`.
 
     What the VAE changes of known frames would else be seen as a jump. The reference's fade (predict_i2v.py)
-    begins with 0, 1/shared, 2/shared, …; these weights begin a frame earlier and so rise by less.
+    begins with 0, 1/overlap, 2/overlap, …; these weights begin a frame earlier and so rise by less.
     """
-    weights = np.arange(1, shared + 1, dtype=np.float32)[:, None, None, None] / (shared + 1)
-    mixed = before[-shared:] + weights * (after[:shared] - before[-shared:].astype(np.float32))
-    return np.concatenate([mixed.round().astype(np.uint8), after[shared:]])
+    weights = np.arange(1, overlap + 1, dtype=np.float32)[:, None, None, None] / (overlap + 1)
+    mixed = before[-overlap:] + weights * (after[:overlap] - before[-overlap:].astype(np.float32))
+    return np.concatenate([mixed.round().astype(np.uint8), after[overlap:]])
 
 
-# ---------------------------------------------------------------- memory, and what is said before the start
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device; of a CPU what Linux calls available, elsewhere 0 for unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
-
-
-def check_memory(needs: dict[str, int], device: torch.device) -> None:
-    """Stop before the system stops us: ValueError where a need, in bytes, is far beyond what is free."""
-    name, need, free = max(needs, key=needs.get), max(needs.values()) / 2**30, free_bytes(device) / 2**30
-    if free and need > 1.5 * free:
-        raise ValueError(f"{name} needs about {need:.3g} GiB of memory and {free:.3g} are free; "
-                         "try a smaller height, width or num_frames, or dtype bfloat16")  # fmt: skip
+# ---------------------------------------------------------------- what is said before the start
 
 
 def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
     """Peak memory of each stage, weights and activations, for latents b c f' h' w'.
 
-    The factors are measured: growth of the peak on a CPU, official VAE (9 frames), 2B width (49 frames),
-    128x128 and 192x192, fp32 and bf16. There the VAE is right within a tenth, the transformer at most 1.5
-    times too high.
+    Activations are counted in maps of the VAE's widest layers and in tokens of the transformer's width; the
+    factors are measured, of decoding on an H200 in bf16, else on CPUs.
     """
-    size, dit = models.dtype.itemsize, models.transformer_config
-    tokens = num_tokens(dit, latents)
-    passes = 2 if tokens <= SMALL_TOKENS else 1
-    # The widest layers hold dozens of maps of full size: chunks of 8 frames, and copies of them.
-    map_bytes = models.vae_config.block_out_channels[1] * 64 * latents[3] * latents[4] * size
+    size, dit = models.dtype.itemsize, models.config
+    tokens = num_tokens(4 * latents[2] - 3, 8 * latents[3], 8 * latents[4], dit.patch_size_t or 1)
+    prompts = 2 if tokens <= SMALL_TOKENS else 1
+    pixel_map = models.vae_config.block_out_channels[1] * 64 * latents[3] * latents[4] * size
+    token_map = prompts * (dit.max_text_seq_length + tokens) * dit.dim * size
     weights = {name: count * size for name, count in models.num_parameters.items()}
+    if models.keep:
+        weights = dict.fromkeys(weights, sum(weights.values()))
+    else:
+        weights["text_encoder"] //= 14  # streamed: one layer of 24, and buffers
     return {
-        "text": weights["text_encoder"] // (1 if models.keep else 14),  # streamed: a layer of 24 and buffers
-        "encode": weights["vae"] + 33 * map_bytes,
-        "denoise": weights["transformer"] + 23 * passes * (dit.max_text_seq_length + tokens) * dit.dim * size,
-        "decode": weights["vae"] + 52 * map_bytes,
+        "text": weights["text_encoder"],
+        "encode": weights["vae"] + 33 * pixel_map,
+        "denoise": weights["transformer"] + 14 * token_map,
+        "decode": weights["vae"] + 42 * pixel_map,
     }
 
 
-def num_tokens(config: TransformerConfig, latents: tuple[int, ...]) -> int:
-    """Video tokens of latents b c f' h' w'; V1.5 pads a single frame to a pair."""
-    return math.ceil(latents[2] / (config.patch_size_t or 1)) * (latents[3] // 2) * (latents[4] // 2)
-
-
-def describe(models: Models, jobs: list[Job], needs: dict[str, int]) -> str:
-    """The block printed at the start: model, sizes, tokens, and memory of each stage against what is free."""
-    job, config, request = jobs[0], models.transformer_config, jobs[0].request
-    latents = job.latent_shape(config.out_channels)
-    free, stage = free_bytes(models.device), max(needs, key=needs.get)
-    steps = f"{int(request.num_steps * request.strength)} of " if request.strength < 1 else ""
-    lines = [
+def describe(models: Models, requests: list[Request], known: Known) -> str:
+    """The lines printed at the start: model, sizes, tokens, memory of each stage, and what was decided."""
+    request, config = requests[0], models.config
+    latents = latent_shape(config, known)
+    num_padded = num_padding(config, latent_grid(*known[:3])[0])
+    tokens = num_tokens(*known[:3], config.patch_size_t or 1)
+    needs = estimate_bytes(models, latents)
+    memory = ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
+    notes = [*known.notes, *prompt_notes(models, requests)]
+    num_decoded = decoded_frames(latents[2] - num_padded, models.first_alone)
+    if num_decoded != known.num_frames:
+        notes.append(f"an even number of latent frames: this model decodes {num_decoded} frames")
+    for name, component in (("transformer", config), ("vae", models.vae_config)):
+        if unknown := unknown_keys(component):
+            notes.append(f"{name}/config.json has keys we do not know: {', '.join(unknown)}")
+    return "\n".join([
         f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, "
         f"{models.num_parameters['transformer'] / 1e9:.3g} B parameters",
-        f"video    {job.width}x{job.height}, {job.num_frames} frames -> {latents[2]} latent frames "
-        f"-> {num_tokens(config, latents)} tokens" + (f", {len(jobs)} of them" if len(jobs) > 1 else ""),
-        f"sampler  {job.sampler}, {steps}{request.num_steps} steps, guidance {job.guidance_scale:g}",
+        f"video    {len(requests)} of {known.width}x{known.height}, {known.num_frames} frames -> "
+        f"{latents[2]} latent frames -> {tokens} tokens",
+        f"sampler  {request.sampler}, {request.num_steps} steps, strength {request.strength:g}, "
+        f"guidance {request.guidance_scale:g}",
         f"device   {models.device}, {str(models.dtype)[6:]}",
-        "memory   about " + ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
-        + " GiB" + (f"; {free / 2**30:.1f} free" if free else ""),
-        *(f"note     {note}" for note in job.notes),
-    ]  # fmt: skip
-    if free and needs[stage] > free:
-        lines.append(
-            f"warning  {stage} may need more memory than is free; a smaller size or dtype needs less"
-        )
-    return "\n".join(lines)
+        f"memory   about {memory} GiB",
+        *(f"note     {note}" for note in notes),
+    ])  # fmt: skip
+
+
+def prompt_notes(models: Models, requests: list[Request]) -> list[str]:
+    """What of the prompts does not reach the network: what is too long, and words a small model lacks."""
+    notes, tokenizer = [], models.tokenizer
+    for prompt in dict.fromkeys(request.prompt for request in requests):
+        if len(tokenizer.encode(prompt)) >= models.config.max_text_seq_length:  # one place is for </s>
+            notes.append(f"{prompt:.40}… is cut to {models.config.max_text_seq_length} tokens")
+        if unknown := tokenizer.unknown_words(prompt):
+            vocabulary = tokenizer.unigram.get_vocab()
+            known = [word for word in sorted(vocabulary, key=vocabulary.get) if not word.startswith("<")]
+            notes.append(f"this model does not know: {', '.join(unknown)}. It knows: {', '.join(known)}")
+    return notes
 
 
 # ---------------------------------------------------------------- results on disk
 
 
+def as_json(record: dict) -> str:
+    return json.dumps(record, indent=2, default=str)
+
+
+def save_latents(path: Path, latents: Tensor, record: dict) -> None:
+    save_tensors({"latents": latents.cpu().contiguous()}, path, {"record": as_json(record)})
+
+
 def load_latents(path: Path) -> tuple[Tensor, dict]:
-    """Latents 1 c f' h' w' and the record of their making, as `sample_all` saves them.
+    """Latents 1 c f' h' w' and the record of their making, as `save_latents` leaves them.
 
     raises ValueError or OSError if the file is anything else
     """
-    wrong = ValueError(f"{path} holds no latents of ours; give the .safetensors beside a video")
-    if path.is_file() and path.suffix != ".safetensors":
-        raise wrong
     with open_safetensors(path) as file:
         if list(file.keys()) != ["latents"]:
-            raise wrong
-        latents, record = file.get_tensor("latents"), (file.metadata() or {}).get("record", "{}")
-    try:
-        record = json.loads(record)
-    except (ValueError, RecursionError):
-        record = None
-    if latents.dim() != 5 or len(latents) != 1 or not latents.is_floating_point() or type(record) is not dict:
-        raise wrong
-    if not torch.isfinite(latents := latents.float()).all():
-        raise ValueError(f"{path} holds latents that are not finite; sample again, with --dtype float32")
+            raise ValueError(f"{path} holds no latents of ours; give the .safetensors beside a video")
+        latents = file.get_tensor("latents").float()
+        record = json.loads((file.metadata() or {}).get("record", "{}"))
     return latents, record
 
 
-def make_record(models: Models, job: Job, fps: float) -> dict:
-    """Everything needed to make a video again, for JSON: the request, what was decided for it, versions."""
-    asked = {f.name: getattr(job.request, f.name) for f in dataclasses.fields(Request)}
-    names = ("height", "width", "num_frames", "sampler", "guidance_scale", "seed")
-    decided = {name: getattr(job, name) for name in names}
-    return {
-        **{name: value for name, value in (asked | decided).items() if name not in ("latents", "randn")},
-        "fps": fps,
-        "model": str(models.model_dir),
-        "lora": [f"{file}:{weight}" for file, weight in models.loras],
-        "kind": models.kind,
-        "dtype": str(models.dtype)[6:],
-        "device": str(models.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-    }
+def make_record(models: Models, request: Request, num_frames: int, height: int, width: int) -> dict:
+    """Everything needed to make a video again: the request, its sizes, the models."""
+    asked = {field.name: getattr(request, field.name) for field in fields(request)}
+    for name in ("latents", "randn"):
+        del asked[name]
+    return asked | {"num_frames": num_frames, "height": height, "width": width} | models.record()
 
 
-def check_out(target: Path, inputs: list[str | None] = []) -> None:
-    """ValueError or OSError for an ending or a place that cannot be written, or an input; leaves no trace."""
+def check_out(target: Path, inputs: list[str | None]) -> None:
+    """ValueError or OSError for a place that cannot be written to, or an input: found at the end, it would
+    cost all the work."""
     is_file = target.suffix and not target.is_dir()
     if is_file and target.suffix.lower() not in (".mp4", ".gif", ".png"):
         raise ValueError(f"--out {target}: files end in .mp4, .gif or .png; a folder has no ending")
     if is_file and target.exists() and any(target.samefile(path) for path in inputs if path):
         raise ValueError(f"--out {target} is an input, which would be lost; choose another name")
-    absolute = os.fsencode(target.absolute())
-    if len(absolute) > 3000 or max(map(len, absolute.split(b"/"))) > 200:  # leaves room for endings
-        raise ValueError(f"--out {target}: the name is too long; choose a shorter one")
     folder = target.parent if is_file else target
-    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        reason = error.strerror
-        raise OSError(
-            f"--out {target}: cannot write in {existing} ({reason}); choose another place"
-        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{target.stem}-segment-000.safetensors.tmp"  # the longest name that may follow
+    probe.touch()
+    probe.unlink()
 
 
 def output_paths(target: Path, count: int, suffix: str) -> list[Path]:
     """Where `count` results go: the file asked for, numbered if there are more, or the next in the folder."""
     if target.suffix and not target.is_dir():
-        return [target if count == 1 else target.with_stem(f"{target.stem}-{i + 1}") for i in range(count)]
+        if count == 1:
+            return [target]
+        return [target.with_stem(f"{target.stem}-{i + 1}") for i in range(count)]
     taken = [int(path.stem) for path in target.glob("[0-9]*.*") if re.fullmatch("[0-9]+", path.stem)]
-    return [target / f"{max(taken, default=0) + 1 + i:04d}{suffix}" for i in range(count)]
-
-
-# ---------------------------------------------------------------- several processes: torchrun
-
-
-def share(models: Models, jobs: list) -> list:
-    """This rank's part of the jobs; or all, if there are fewer than ranks: then all ranks work on each.
-
-    What they make together rank 0 alone writes: `writes`.
-    """
-    models.spread = len(jobs) < NUM_RANKS
-    return jobs if models.spread else jobs[RANK::NUM_RANKS]
-
-
-def writes(models: Models) -> bool:
-    return RANK == 0 or not models.spread
+    first = max(taken, default=0) + 1
+    return [target / f"{first + i:04d}{suffix}" for i in range(count)]
 
 
 # ---------------------------------------------------------------- command line
@@ -771,27 +831,25 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {one_line(message)}; see --help\n")
-
-
-def one_line(message: str) -> str:
-    return " ".join(message.split())[:1000]
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split()):.1000}; see --help\n")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; names and defaults are those of `Request`. `given` are the flags that were there."""
+    """The command line, with the names of `Request`, whose defaults stand for what is None here."""
     description = "Make videos from prompts, pictures and clips with CogVideoX and CogVideoX-Fun."
     parser = Parser(prog="sample.py", description=description, allow_abbrev=False)
 
     def add(flag: str, text: str, **settings) -> None:
-        default = settings.setdefault("default", getattr(Request, flag.strip("-").replace("-", "_"), None))
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        shown = "the tiny model, checkpoints/tiny" if default is TINY else shown
-        parser.add_argument(flag, help=text + (f" (default {shown})" if shown else ""), **settings)
+        default = getattr(Request, flag.strip("-").replace("-", "_"), None)
+        if default and default is not True:
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            text += f" (default {shown})"
+        parser.add_argument(flag, help=text, **settings)
 
-    add("prompt", "what to show; several prompts make several videos", nargs="*")
+    switch = {"action": "store_const", "const": True}
     hub_id = "alibaba-pai/CogVideoX-Fun-V1.1-2b-InP"
-    add("--model", f"checkpoint folder, or a hub id such as {hub_id}", default=TINY)
+    add("prompt", "what to show; several prompts make several videos", nargs="*")
+    add("--model", f"checkpoint folder, or a hub id such as {hub_id}; default: checkpoints/tiny")
     add("--negative-prompt", "what to steer away from", metavar="TEXT")
     add("--image", "start picture; several are the first frames", nargs="+", metavar="PICTURE")
     add("--end-image", "last frame", metavar="PICTURE")
@@ -804,43 +862,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--num-frames", "4k+1; 1 makes a picture; default: the model's own, or the clip's", type=int)
     add("--num-steps", "steps of the sampler", type=int)
     add("--guidance-scale", "pull towards the prompt; 1: none; default: the model's own, else 6", type=float)
-    add("--dynamic-guidance", "vary it over the steps, as the reference can", action="store_true")
+    add("--dynamic-guidance", "vary it over the steps, as the reference can", **switch)
     add("--guidance-interval", "timesteps to guide, 999 the noisiest", type=int, nargs=2)
     add("--noise-aug-strength", "noise on given pictures", type=float)
     add("--sampler", "default: the model's", choices=list(SAMPLERS))
     add("--lora", "add what was fine-tuned, WEIGHT times (default 1)", nargs="+", metavar="FILE[:WEIGHT]")
     add("--seed", "one or several; a seed makes the same video again; default: drawn", type=int, nargs="+")
     add("--num-videos", "videos per prompt, with seeds counted up from --seed", type=int, default=1)
-    add("--fps", "rate clips are read at and videos are written at", type=float, default=FPS)
+    add("--fps", "clips are read and videos written at it; default: the model's, 8 or 16", type=float)
+    add("--tiled", "the VAE works in tiles: less memory, slightly other pixels", **switch)
     add("--dtype", "default: bfloat16 on a GPU, else float32", choices=DTYPES)
     add("--device", "such as cuda, cuda:1, mps, cpu; default: the best there is")
     add("--compile", "torch.compile the transformer: slow to start, faster steps", action="store_true")
-    add("--out", ".mp4, .gif, .png (a strip of frames), or a folder for NNNN.mp4", default="outputs")
+    add("--out", ".mp4, .gif, .png (a strip of frames), or a folder for NNNN.mp4; default: outputs")
     add("--from-latents", "only decode latents saved by an earlier run", metavar="FILE")
     add("--quiet", "print nothing but errors", action="store_true")
-
-    if nul := [arg for arg in argv if "\0" in arg]:
-        parser.error(f"{nul[0]!r} holds a NUL character; leave it out")
-    defaults = vars(parser.parse_args([]))  # parsed apart, so that None marks what was not given
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
-    args.given = {name for name, value in vars(args).items() if value not in (None, [])}
-    for name in defaults.keys() - args.given:
-        setattr(args, name, defaults[name])
+    args = parser.parse_args(argv)
 
     if bool(args.prompt) == bool(args.from_latents):
         parser.error("give a prompt (before --image and --seed), or --from-latents FILE without one")
-    extra = args.given - {"from_latents", "model", "dtype", "device", "fps", "out", "quiet"}
-    if args.from_latents and extra:
-        parser.error(
-            f"--from-latents only decodes; {', '.join(sorted(extra))} cannot change what was sampled"
-        )
-    seeds = args.seed or [None]
-    if args.num_videos != 1 and len(seeds) > 1:
+    if args.from_latents:
+        for field in fields(Request):
+            if field.name not in ("prompt", "fps", "tiled") and getattr(args, field.name, None) is not None:
+                parser.error(f"--from-latents only decodes; {field.name} cannot change what was sampled")
+    if args.num_videos != 1 and len(args.seed or []) > 1:
         parser.error("--num-videos counts up from one --seed; give one seed, or the seeds alone")
-    if not 1 <= args.num_videos * len(args.prompt or "1") * len(seeds) <= 1000:
-        parser.error(f"--num-videos {args.num_videos} is outside 1 … 1000 for all prompts and seeds together")
-    if not 0.1 <= args.fps <= 1000:
-        parser.error(f"--fps {args.fps} is outside 0.1 … 1000; the models are trained at {FPS}")
+    if not 1 <= args.num_videos <= 1000:
+        parser.error(f"--num-videos {args.num_videos} is outside 1 … 1000")
     return args
 
 
@@ -858,153 +906,135 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(file), weight
 
 
-def open_models(args: argparse.Namespace, loras: list = []) -> Models:
+def open_models(args: argparse.Namespace) -> Models:
     """The models of --model on --device in --dtype; ValueError or OSError if one of them cannot be had."""
-    if args.model is TINY and not TINY.is_dir():
+    if args.model is None and not TINY.is_dir():
         raise FileNotFoundError("there is no checkpoints/tiny; give --model a hub id or a checkpoint folder, "
                                 "such as tests/goldens/fun-2b-inp, whose weights are random")  # fmt: skip
     device = choose_device(args.device)
-    if args.dtype not in (None, *DTYPES):  # of a record, where argparse does not look
-        raise ValueError(f"dtype {args.dtype!r} should be one of {', '.join(DTYPES)}")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    models = load_models(find_model(args.model), dtype, device, loras=loras)
+    loras = [parse_lora(text) for text in args.lora or []]
+    models = load_models(find_model(args.model or TINY), dtype, device, loras=loras)
     models.compile = args.compile
     return models
 
 
-def make_jobs(models: Models, args: argparse.Namespace) -> list[Job]:
-    """A job for every prompt and seed; files are read once for all of them."""
-    config, num_frames = models.transformer_config, args.num_frames
-    if num_frames is not None:
-        check_num_frames(config, num_frames)
-        if (legal := legal_num_frames(config, num_frames)) != num_frames:
-            raise ValueError(f"num_frames={num_frames} is an odd number of latent frames, which this model "
-                             f"takes in pairs; try {legal} (or {legal + 8})")  # fmt: skip
+def make_requests(models: Models, args: argparse.Namespace, settings: dict) -> list[Request]:
+    """One for each prompt and seed."""
     seeds = args.seed or [agree(int.from_bytes(os.urandom(4)))]
     seeds = [seed + i for seed in seeds for i in range(args.num_videos)]
-    names = [f.name for f in dataclasses.fields(Request) if hasattr(args, f.name)]
-    settings = {name: getattr(args, name) for name in names} | {
-        "guidance_interval": tuple(args.guidance_interval)
-    }
     pairs = itertools.product(args.prompt, seeds)
-    requests = [Request(**settings | {"prompt": prompt, "seed": seed}) for prompt, seed in pairs]
-    for request in requests:
-        request.check(config)
-    job = prepare(models, requests[0], args.fps)
-    for prompt in args.prompt:
-        if len(models.tokenizer.encode(prompt)) >= config.max_text_seq_length:  # one place is for </s>
-            job.notes.append(f"{prompt:.40}… is cut to {config.max_text_seq_length} tokens")
-        if unknown := models.tokenizer.unknown_words(prompt):
-            vocabulary = sorted(
-                models.tokenizer.unigram.get_vocab(), key=models.tokenizer.unigram.token_to_id
-            )
-            known = ", ".join(word for word in vocabulary if not word.startswith("<"))
-            job.notes.append(f"this model does not know: {', '.join(unknown)}. It knows: {known:.2000}")
-    return [replace(job, request=request, seed=request.seed) for request in requests]
+    return [complete(Request(prompt, seed=seed, **settings), models) for prompt, seed in pairs]
 
 
-def run_long(models: Models, args: argparse.Namespace, say: Callable) -> None:
-    """Every prompt and seed as a long video, written while it is made; there are no latents to keep."""
-    models.keep = True  # every segment needs all of them
-    target, given = Path(args.out), vars(args)
-    check_out(target, [args.end_image, *(args.image or [])])
-    seeds = args.seed or [agree(int.from_bytes(os.urandom(4)))]
-    seeds = [seed + i for seed in seeds for i in range(args.num_videos)]
-    names = [
-        f.name for f in dataclasses.fields(Request) if f.name in given and f.name not in ("prompt", "seed")
-    ]
-    settings = {name: given[name] for name in names if given[name] is not None and name != "num_frames"}
-    settings["guidance_interval"] = tuple(args.guidance_interval)
-    pairs = list(itertools.product(args.prompt, seeds))
-    paths = agree(output_paths(target, len(pairs), ".mp4"))
-    overlaps = segments(args.num_frames, native_size(models.transformer_config)[2])
-    say(f"{args.num_frames} frames in {len(overlaps)} segments, which share {str(overlaps[1:])[1:-1]} frames "
-        f"with those before; seeds {str(seeds)[1:-1]}")  # fmt: skip
-    for (prompt, seed), path in share(models, list(zip(pairs, paths))):
-        progress = not args.quiet and writes(models)
-        chunks = generate_long(models, prompt, args.num_frames, progress, seed=seed, **settings)
-        if not writes(models):
-            collections.deque(chunks, maxlen=0)  # makes them
-            continue
-        write_video(chunks, path, args.fps)
-        record = {"prompt": prompt, "seed": seed, "num_frames": args.num_frames, "overlaps": overlaps}
-        record |= {"settings": {name: str(value) for name, value in settings.items()}, "fps": args.fps}
-        with atomic_write(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(record | {"model": str(models.model_dir)}, indent=2) + "\n")
-        say(path)
+def deal(models: Models, items: list) -> list:
+    """Those of this process; or all, if there are fewer than processes: then all of them work on each."""
+    models.on_all_ranks = len(items) < NUM_RANKS
+    return items if models.on_all_ranks else items[RANK::NUM_RANKS]
 
 
-def sample_all(
-    models: Models, args: argparse.Namespace, say: Callable
-) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
-    """Prepare and sample every job: (path of the video, latents, record) of each, the latents saved.
-
-    They are saved before decoding starts, so that a kill then loses nothing.
-    """
-    jobs = make_jobs(models, args)
-    target = Path(args.out)
-    check_out(target, [args.end_image, args.video, args.mask, args.control_video, *(args.image or [])])
-    needs = estimate_bytes(models, jobs[0].latent_shape(models.vae_config.latent_channels))
-    check_memory(needs, models.device)
-    say(describe(models, jobs, needs))
-    results, suffix = [], ".png" if jobs[0].num_frames == 1 else ".mp4"
-    paths = agree(output_paths(target, len(jobs), suffix))
-    dealt = share(models, list(zip(jobs, paths)))
-    progress = not args.quiet and writes(models)
-    for (job, path), latents in zip(dealt, make_latents(models, [job for job, _ in dealt], progress)):
-        if not writes(models):
-            continue
-        record = make_record(models, job, args.fps)
-        tensors = {"latents": latents.cpu().contiguous()}
-        save_tensors(tensors, path.with_suffix(".safetensors"), {"record": json.dumps(record)})
-        results.append((path, latents, record))
-    return models, results
+Video = tuple[Path, Iterator[np.ndarray], dict]  # where it goes, uint8 f h w 3 in chunks, its record
 
 
-def reopen(args: argparse.Namespace) -> tuple[Models, list[tuple[Path, Tensor, dict]]]:
-    """What `sample_all` returns, from saved latents; with the model, dtype and fps of then, unless given."""
+def make_videos(models: Models, args: argparse.Namespace, settings: dict, say: Callable) -> Iterator[Video]:
+    """All are sampled and their latents saved before the first is decoded: a kill then loses nothing."""
+    requests = make_requests(models, args, settings)
+    known = read_inputs(requests[0], models.config)
+    say(describe(models, requests, known))
+    suffix = ".png" if known.num_frames == 1 else ".mp4"
+    paths = agree(output_paths(Path(args.out), len(requests), suffix))
+    requests = deal(models, requests)
+    paths = deal(models, paths)
+    progress = not args.quiet and models.writes
+    made = []
+    sampled = generate_each(models, requests, known, progress)
+    for latents, request, path in zip(sampled, requests, paths):
+        record = make_record(models, request, *known[:3])
+        if models.writes:
+            save_latents(path.with_suffix(".safetensors"), latents, record)
+            made.append((path, latents, record))
+    with models.use("vae", "decode"):  # once for all
+        for path, latents, record in made:
+            yield path, decode(models, latents, record["tiled"], progress), record
+
+
+def make_long_videos(
+    models: Models, args: argparse.Namespace, settings: dict, say: Callable
+) -> Iterator[Video]:
+    """Each is written while it is made. Segments of one that was broken off are found beside it."""
+    models.keep = True  # every segment needs all networks
+    num_frames = settings.pop("num_frames")
+    count = len(args.prompt) * len(args.seed or [0]) * args.num_videos
+    paths = agree(output_paths(Path(args.out), count, ".mp4"))
+    if args.seed is None and segment_file(paths[0], 0).is_file():
+        _, record = load_latents(segment_file(paths[0], 0))
+        args.seed = [record.get("seed", 0)]
+    requests = make_requests(models, args, settings)
+    overlaps = segments(num_frames, native_size(models.config)[2])
+    say(describe(models, requests, read_inputs(requests[0], models.config)))
+    seeds = ", ".join(str(request.seed) for request in requests)
+    say(f"{num_frames} frames in {len(overlaps)} segments, which have {str(overlaps[1:])[1:-1]} frames in "
+        f"common with those before; seeds {seeds}")  # fmt: skip
+    for request, path in deal(models, list(zip(requests, paths))):
+        progress = not args.quiet and models.writes
+        asked = settings | {"seed": request.seed}
+        chunks = generate_long(models, request.prompt, num_frames, path, progress, **asked)
+        record = make_record(models, request, num_frames, request.height, request.width)
+        if models.writes:
+            yield path, chunks, record
+            for i in range(len(overlaps)):
+                segment_file(path, i).unlink()
+        else:
+            for _ in chunks:
+                pass
+
+
+def decode_again(args: argparse.Namespace) -> tuple[Models, Iterator[Video]]:
+    """From latents that were saved, with the model, dtype and fps of then unless others are given."""
     latents, record = load_latents(Path(args.from_latents))
-    for name, kind in (("model", str), ("fps", float), ("dtype", str)):
-        if name not in args.given and isinstance(record.get(name), kind):
-            setattr(args, name, record[name])
-    if not 0.1 <= args.fps <= 1000:
-        raise ValueError(f"{args.from_latents} was made at {args.fps} fps; give --fps {FPS}")
+    args.model = args.model or record.get("model")
+    args.dtype = args.dtype or record.get("dtype")
     models = open_models(args)
-    if latents.shape[1] != models.vae_config.latent_channels or 0 in latents.shape:
+    channels = models.vae_config.latent_channels
+    if latents.dim() != 5 or latents.shape[:2] != (1, channels):
         raise ValueError(f"{args.from_latents} holds latents of shape {tuple(latents.shape)}, which the VAE "
-                         f"of {args.model} cannot decode; give the --model they are of")  # fmt: skip
-    check_out(Path(args.out))
-    check_memory({"decoding": estimate_bytes(models, latents.shape)["decode"]}, models.device)
+                         f"of {models.model_dir} cannot decode; give the --model they are of")  # fmt: skip
+    record["fps"] = args.fps or record.get("fps") or native_fps(models.config)
+    tiled = args.tiled or record.get("tiled", False)
     suffix = ".png" if latents.shape[2] == 1 else ".mp4"
-    return models, [(output_paths(Path(args.out), 1, suffix)[0], latents, record)]
+    [path] = output_paths(Path(args.out), 1, suffix)
+    return models, iter([(path, decode(models, latents, tiled, not args.quiet), record)])
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sample or reopen latents, then decode and write each video, and the record of its making beside it."""
+    """Make each video, and write it with the record of its making beside it."""
 
-    def say(text: object) -> None:
-        if RANK == 0 and not args.quiet:
-            print(str(text).encode(errors="backslashreplace").decode())  # names of files may be no Unicode
+    def tell(text: object) -> None:
+        if not args.quiet:
+            say(text)
 
+    args.out = args.out or "outputs"
+    settings = {}
+    for field in fields(Request):
+        if field.name not in ("prompt", "seed") and getattr(args, field.name, None) is not None:
+            settings[field.name] = getattr(args, field.name)
+    given = [settings.get(name) for name in ("end_image", "video", "mask", "control_video")]
+    check_out(Path(args.out), given + settings.get("image", []))
     if args.from_latents:
-        models, results = reopen(args)
+        models, videos = decode_again(args)
     else:
-        models = open_models(args, [parse_lora(text) for text in args.lora or []])
-        longest = native_size(models.transformer_config)[2]
-        if models.kind == "inpaint" and (args.num_frames or 0) > longest:
-            run_long(models, args, say)
-            return
-        models, results = sample_all(models, args, say)
-    with models.use("vae", "decode"):  # once for all
-        for path, latents, record in results:
-            write_video(make_frames(models, latents, progress=not args.quiet), path, args.fps)
-            with atomic_write(path.with_suffix(".json")) as temporary:
-                temporary.write_text(json.dumps(record, indent=2) + "\n")
-            say(path)
-    say(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in models.seconds.items()))
+        models = open_models(args)
+        make = make_long_videos if is_long(models, args.num_frames) else make_videos
+        videos = make(models, args, settings, tell)
+    for path, chunks, record in videos:
+        write_video(chunks, path, record["fps"])
+        with atomic_write(path.with_suffix(".json")) as temporary:
+            temporary.write_text(as_json(record) + "\n")
+        tell(path)
+    tell(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in models.seconds.items()))
 
 
-MEMORY_REMEDY = "try a smaller --height, --width or --num-frames, or --dtype bfloat16"
+MEMORY_REMEDY = "try a smaller --height, --width or --num-frames, --tiled, or --dtype bfloat16"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,17 +34,30 @@ def num_tokens(num_frames: int, height: int, width: int, frames_per_token: int =
     return math.ceil(latent_frames(num_frames) / frames_per_token) * (height // 16) * (width // 16)
 
 
+MAX_FRAMES = 16385  # half an hour and more: a typing error should not run for days
+
+
 def check_frames(num_frames: int) -> None:
-    """ValueError, with the nearest counts, unless num_frames is 4k+1."""
+    """ValueError, with the nearest counts, unless num_frames is 4k+1 and at most MAX_FRAMES."""
+    if num_frames > MAX_FRAMES:
+        raise ValueError(f"num_frames={num_frames} is very long; the most is {MAX_FRAMES}")
     if num_frames < 1 or num_frames % 4 != 1:
         below = max(1, (num_frames - 1) // 4 * 4 + 1)
         raise ValueError(f"num_frames={num_frames}; the VAE needs 4k+1, try {below + 4} (or {below})")
 
 
+MAX_SIDE = 16384  # of a frame; no position ends there, but a typing error should not run for hours
+
+
+def near_side(size: float) -> int:
+    """The legal height or width next to a size."""
+    return min(max(round(size / 16) * 16, 16), MAX_SIDE)
+
+
 def check_side(name: str, size: int) -> None:
     """ValueError, with the nearest size, unless a height or width (the name) is a multiple of 16."""
-    if size < 16 or size % 16:
-        raise ValueError(f"{name}={size}; sizes are multiples of 16, try {max(16, round(size / 16) * 16)}")
+    if size != near_side(size):
+        raise ValueError(f"{name}={size}; sizes are multiples of 16 up to {MAX_SIDE}, try {near_side(size)}")
 
 
 # ---------------------------------------------------------------- the token budget

@@ -18,14 +18,16 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from checkpoint import MAX_SHARD_BYTES, component_dir, load_component, save_component
+from checkpoint import MAX_SHARD_BYTES, component_dir, load_component, only, save_component
 from embeddings import Grid, Rope, patchify, rope_table, rotate, sincos_table, timestep_embedding, unpatchify
+from sizes import MAX_FRAMES, check_frames, check_side, latent_frames, near_side, video_frames
 
 
 @dataclass
@@ -59,40 +61,27 @@ class TransformerConfig:
     flip_sin_to_cos: bool = True  # cos first
     freq_shift: int = 0
     dropout: float = 0.0
-    ofs_embed_dim: int | None = None  # CogVideoX1.5 I2V only
+    ofs_embed_dim: int | None = None  # a second vector beside the timestep's (CogVideoX1.5 I2V)
     add_noise_in_inpaint_model: bool = False  # reference pixels get noise, by whoever builds the condition
     extra: dict = field(default_factory=dict)  # keys we do not know, written back on saving
 
     def __post_init__(self) -> None:
-        supported = {
-            "temporal_compression_ratio": (4,),
-            "patch_size_t": (None, 2),
-            "activation_fn": ("gelu-approximate",),
-            "timestep_activation_fn": ("silu",),
-            "flip_sin_to_cos": (True,),
-            "freq_shift": (0,),
-            "dropout": (0.0,),
-            "ofs_embed_dim": (None,),
-        }
-        for name, values in supported.items():
-            if getattr(self, name) not in values:
-                allowed = " or ".join(map(repr, values))
-                raise ValueError(f"{name} = {getattr(self, name)!r} is not supported, only {allowed}")
-        sizes = ["num_attention_heads", "attention_head_dim", "out_channels", "time_embed_dim", "patch_size"]
-        for name in [*sizes, "spatial_interpolation_scale", "temporal_interpolation_scale", "norm_eps"]:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
-        rope, learned = self.use_rotary_positional_embeddings, self.use_learned_positional_embeddings
-        if self.in_channels < self.out_channels:
-            raise ValueError(f"in_channels = {self.in_channels} is below out_channels = {self.out_channels}")
-        if min(self.native_grid) < 1:
-            raise ValueError(f"sample_frames, sample_height, sample_width give a grid of {self.native_grid}")
-        if (rope and self.attention_head_dim % 16) or self.dim % 16:
-            part = "attention_head_dim" if rope else "num_attention_heads * attention_head_dim"
-            raise ValueError(f"{part} must be a multiple of 16, for three axes of positions")
-        if learned and (self.patch_size_t or not rope):
-            raise ValueError("use_learned_positional_embeddings needs RoPE and no patch_size_t")
-        if self.patch_size_t and not rope:
+        """ValueError for what no CogVideoX has, and what would be computed as something else."""
+        only(
+            self,
+            temporal_compression_ratio=(4,),
+            patch_size=(2,),
+            patch_size_t=(None, 2),
+            activation_fn=("gelu-approximate",),
+            timestep_activation_fn=("silu",),
+            flip_sin_to_cos=(True,),
+            freq_shift=(0,),
+            dropout=(0.0,),
+        )
+        if self.ofs_embed_dim not in (None, self.time_embed_dim):
+            raise ValueError(f"ofs_embed_dim = {self.ofs_embed_dim} is added to the timestep's vector, "
+                             f"which has time_embed_dim = {self.time_embed_dim}")  # fmt: skip
+        if self.patch_size_t and not self.use_rotary_positional_embeddings:
             raise ValueError("patch_size_t needs use_rotary_positional_embeddings")
 
     @property
@@ -103,8 +92,8 @@ class TransformerConfig:
     @property
     def native_grid(self) -> Grid:
         """(latent frames, rows, columns) of the native size; rows and columns in patches."""
-        frames = (self.sample_frames - 1) // self.temporal_compression_ratio + 1
-        return frames, self.sample_height // self.patch_size, self.sample_width // self.patch_size
+        rows, cols = self.sample_height // self.patch_size, self.sample_width // self.patch_size
+        return latent_frames(self.sample_frames), rows, cols
 
     @property
     def patch(self) -> tuple[int, int]:
@@ -151,8 +140,8 @@ class TimestepEmbedding(nn.Module):
 # ---------------------------------------------------------------- one block
 
 
-def parted(tokens: Tensor, num_text: int) -> tuple[Tensor, Tensor]:
-    """b L+n d -> text b L d and video b n d; the backward of `split` fills one tensor, of two slices two."""
+def text_and_video(tokens: Tensor, num_text: int) -> tuple[Tensor, Tensor]:
+    """b L+n d -> b L d and b n d; the backward of `split` fills one tensor, of two slices two."""
     return tokens.split([num_text, tokens.shape[1] - num_text], dim=1)
 
 
@@ -170,22 +159,10 @@ class AdaptiveNorm(nn.Module):
     def forward(self, tokens: Tensor, temb: Tensor, num_text: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         numbers = self.linear(F.silu(temb))[:, None]  # b 1 6d, video before text
         shift, scale, gate, text_shift, text_scale, text_gate = numbers.chunk(6, dim=-1)
-        text, video = parted(self.norm(tokens), num_text)
+        text, video = text_and_video(self.norm(tokens), num_text)
         text = torch.addcmul(text_shift, text, 1 + text_scale)
         video = torch.addcmul(shift, video, 1 + scale)
         return torch.cat([text, video], dim=1), (text_gate, gate)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ/√head_dim) v    all: b heads n head_dim
-
-    Training in bf16 on a CPU, plain products take 0.3 … 0.5 of the time of torch's kernel at 104 to 344
-    tokens, 0.95 at 1058, where keeping all scores begins to cost memory.
-    """
-    if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[-2] <= 1024:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # b heads n n
-        return scores.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -200,18 +177,20 @@ class Attention(nn.Module):
         self.norm_q = nn.LayerNorm(config.attention_head_dim, eps=1e-6)  # not norm_eps
         self.norm_k = nn.LayerNorm(config.attention_head_dim, eps=1e-6)
         self.to_out = nn.Sequential(nn.Linear(config.dim, config.dim))
-        self.attend = attend  # parallel.py puts its own here
+        self.attend = F.scaled_dot_product_attention  # parallel.py puts its own here
 
     def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
-        q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # b heads L+n head_dim
-            for layer in (self.to_q, self.to_k, self.to_v)
-        )
-        q, k = self.norm_q(q), self.norm_k(k)
+        q = self.norm_q(self.split_heads(self.to_q(x)))  # b heads L+n head_dim
+        k = self.norm_k(self.split_heads(self.to_k(x)))
+        v = self.split_heads(self.to_v(x))
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q = rotate(q, rope)
+            k = rotate(k, rope)
         x = self.attend(q, k, v)
         return self.to_out(x.transpose(1, 2).flatten(2))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class GELU(nn.Module):
@@ -239,8 +218,12 @@ class FeedForward(nn.Module):
 
 def add_gated(tokens: Tensor, branch: Tensor, gates: tuple[Tensor, Tensor], num_text: int) -> Tensor:
     """tokens + gate·branch, with one gate (b 1 d) for text and one for video."""
-    pairs = zip(parted(tokens, num_text), gates, parted(branch, num_text))
-    return torch.cat([torch.addcmul(*pair) for pair in pairs], dim=1)
+    text, video = text_and_video(tokens, num_text)
+    text_branch, video_branch = text_and_video(branch, num_text)
+    text_gate, gate = gates
+    text = torch.addcmul(text, text_gate, text_branch)
+    video = torch.addcmul(video, gate, video_branch)
+    return torch.cat([text, video], dim=1)
 
 
 class Block(nn.Module):
@@ -288,6 +271,9 @@ CHECKPOINTING = {  # what the backward pass finds of a block: its input; and the
 }
 
 
+OFS = 2.0  # the only value CogVideoX1.5 was ever given
+
+
 class VideoTransformer(nn.Module):
     """velocity = dit(noisy, timesteps, text, condition); see the picture at the top of this file."""
 
@@ -296,6 +282,9 @@ class VideoTransformer(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.time_embedding = TimestepEmbedding(config.dim, config.time_embed_dim)
+        self.ofs_embedding = None
+        if config.ofs_embed_dim:
+            self.ofs_embedding = TimestepEmbedding(config.ofs_embed_dim, config.ofs_embed_dim)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_final = nn.LayerNorm(config.dim, config.norm_eps, config.norm_elementwise_affine)
         self.norm_out = OutputNorm(config)
@@ -342,8 +331,8 @@ class VideoTransformer(nn.Module):
         returns: b out_channels f h w
         raises ValueError for shapes this model cannot take
         """
-        self._check(noisy, text, condition, text_projected)
-        batch, _, f, h, w = noisy.shape
+        self._check(noisy, text, condition)
+        f, h, w = noisy.shape[2:]
         p_t, p = self.config.patch
         latents = noisy if condition is None else torch.cat([noisy, condition], dim=1)
         latents = F.pad(latents, (0, 0, 0, 0, 0, -f % p_t))  # V1.5: a lone frame gets a zero frame beside it
@@ -356,8 +345,7 @@ class VideoTransformer(nn.Module):
         if added is not None:
             tokens = tokens + added.to(tokens.dtype)
 
-        timesteps = torch.as_tensor(timesteps, device=noisy.device).expand(batch)
-        temb = self.time_embedding(timestep_embedding(timesteps, self.config.dim).to(noisy.dtype))
+        temb = self._time_vector(timesteps, noisy)
         for block in self.transformer_blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 how = CHECKPOINTING[self.activation_checkpointing]
@@ -368,11 +356,23 @@ class VideoTransformer(nn.Module):
         video = self.norm_out(self.norm_final(tokens[:, num_text:]), temb)
         return unpatchify(self.proj_out(video), grid, p_t, p)[:, :, :f]
 
+    def _time_vector(self, timesteps: Tensor | int, noisy: Tensor) -> Tensor:
+        """temb b time_embed_dim."""
+        timesteps = torch.as_tensor(timesteps, device=noisy.device).expand(len(noisy))
+        temb = self.time_embedding(timestep_embedding(timesteps, self.config.dim).to(noisy.dtype))
+        if self.ofs_embedding is not None:
+            ofs = torch.full_like(timesteps, OFS)
+            temb = temb + self.ofs_embedding(
+                timestep_embedding(ofs, self.config.ofs_embed_dim).to(noisy.dtype)
+            )
+        return temb
+
     def _positions(
         self, grid: Grid, num_text: int, device: torch.device
     ) -> tuple[Tensor | None, Rope | None]:
         """What is added to the tokens (L+n d) and what rotates q and k (cos, sin), either or both."""
-        config, rope, added = self.config, None, None
+        config = self.config
+        rope = added = None
         if config.use_rotary_positional_embeddings:
             native = None if config.patch_size_t else config.native_grid[1:]
             rope = rope_table(config.attention_head_dim, grid, native, num_text, device)
@@ -389,41 +389,33 @@ class VideoTransformer(nn.Module):
         table = sincos_table(self.config.dim, drawn, native, num_text, *scales, torch.device(device))
         return table[: num_text + math.prod(grid)]
 
-    def _check(self, noisy: Tensor, text: Tensor, condition: Tensor | None, text_projected: bool) -> None:
-        """Stop, in one sentence, at whatever a caller can get wrong."""
+    def _check(self, noisy: Tensor, text: Tensor, condition: Tensor | None) -> None:
+        """The network's door: shapes that would give other numbers than meant, or a riddle of an error."""
         config = self.config
-        if noisy.dim() != 5 or noisy.shape[1] != config.out_channels:
-            raise ValueError(f"noisy is {tuple(noisy.shape)}; expected b {config.out_channels} f h w")
         batch, _, f, h, w = noisy.shape
-        num_extra = config.in_channels - config.out_channels
+        channels = config.out_channels
+        num_extra = config.in_channels - channels
         wanted = (batch, num_extra, f, h, w) if num_extra else None
         given = None if condition is None else tuple(condition.shape)
-        if given != wanted:
-            raise ValueError(f"condition is {given}; a model of {config.in_channels} channels needs {wanted}")
-        width = config.dim if text_projected else config.text_embed_dim
-        length = config.max_text_seq_length if self.position else text.shape[1]  # RoPE takes any
-        if text.shape != (batch, length, width):
-            raise ValueError(f"text is {tuple(text.shape)}; expected {(batch, length, width)}")
-        p, native_h, native_w = config.patch_size, config.sample_height, config.sample_width
-        if h % p or w % p:
-            raise ValueError(f"latents are {h}x{w}; both need to be multiples of {p}, pixels of {8 * p}")
-        num_frames = config.native_grid[0]
-        if self.position == "interpolate" and f > num_frames:
-            raise ValueError(f"{f} latent frames; this model's positions end at {num_frames}")
-        most = math.prod(config.native_grid)
-        if self.position == "slice" and f * h * w > most * p * p:
-            raise ValueError(f"{f * h * w // (p * p)} tokens; a sliced table ends at {most}")
-        if config.patch_size_t and f > 1 and f % config.patch_size_t:
-            raise ValueError(f"{f} latent frames; this model takes 1 or a multiple of {config.patch_size_t}")
-        if config.use_learned_positional_embeddings and (h, w) != (native_h, native_w):
-            raise ValueError(f"latents are {h}x{w}; learned positions only fit {native_h}x{native_w}")
-        if config.patch_size_t and (h > native_h or w > native_w):
-            raise ValueError(f"latents are {h}x{w}; this model's positions end at {native_h}x{native_w}")
+        if noisy.shape[1] != channels or given != wanted:
+            raise ValueError(f"noisy is {tuple(noisy.shape)} and condition {given}; a model of "
+                             f"{config.in_channels} channels needs {channels} and {num_extra}")  # fmt: skip
+        if self.position and text.shape[1] != config.max_text_seq_length:  # RoPE takes any
+            raise ValueError(f"text has {text.shape[1]} tokens, not {config.max_text_seq_length}")
+        if h % config.patch_size or w % config.patch_size or (f > 1 and f % config.patch[0]):
+            raise ValueError(f"latents of {f}x{h}x{w} do not divide into patches of {config.patch}")
+        frames, rows, cols = config.native_grid
+        if self.position == "interpolate" and f > frames:
+            raise ValueError(f"{f} latent frames; this model's positions end at {frames}")
+        if self.position == "slice" and f * h * w > 4 * frames * rows * cols:
+            raise ValueError(f"{f * h * w // 4} tokens; a sliced table ends at {frames * rows * cols}")
+        if config.use_learned_positional_embeddings and (h, w) != (2 * rows, 2 * cols):
+            raise ValueError(f"latents are {h}x{w}; learned positions only fit {2 * rows}x{2 * cols}")
 
     @classmethod
     def from_pretrained(
         cls, model_dir: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-    ) -> "VideoTransformer":
+    ) -> Self:
         """Load `model_dir/transformer`, or `model_dir` itself; ValueError or OSError if it does not fit."""
         return load_component(cls, TransformerConfig, component_dir(model_dir, "transformer"), dtype, device)
 
@@ -456,11 +448,8 @@ def position_rule(config: TransformerConfig) -> str | None:
     `train.py --position` picks another rule, and the folders it writes say so: "position" in config.json.
     """
     if "position" in config.extra:
-        position = config.extra["position"]
-        if position not in POSITIONS:
-            allowed = ", ".join(POSITIONS)
-            raise ValueError(f"transformer/config.json: position = {position!r} should be one of {allowed}")
-        return position
+        only(config, position=POSITIONS)
+        return config.extra["position"]
     if config.use_learned_positional_embeddings:
         return "regenerate"
     if config.use_rotary_positional_embeddings:
@@ -479,79 +468,91 @@ def model_kind(config: TransformerConfig) -> str:
     if extra == config.out_channels + 1:
         return "inpaint"
     if extra == config.out_channels:
-        return "image" if config.use_learned_positional_embeddings else "control"
+        is_image = config.use_learned_positional_embeddings or config.ofs_embed_dim
+        return "image" if is_image else "control"
     raise ValueError(f"in_channels = {config.in_channels} is no kind of model we know; 16, 32 and 33 are")
 
 
-def largest_side(config: TransformerConfig, name: str) -> int:
-    """V1.5's positions end with its table; others stretch, and we stop at 16384."""
-    return 8 * getattr(config, f"sample_{name}") // 16 * 16 if config.patch_size_t else 16384
+def is_cogvideox15(config: TransformerConfig) -> bool:
+    """CogVideoX1.5 as diffusers runs it, and not Fun V1.5, which has other rules for sizes."""
+    return config.patch_size_t is not None and model_kind(config) in ("text", "image")
 
 
-def check_side(config: TransformerConfig, name: str, size: int) -> None:
-    """ValueError unless a height or width (the name) is a multiple of 16 that the model's positions hold."""
-    native = 8 * getattr(config, f"sample_{name}")
-    most = largest_side(config, name)
-    if not 16 <= size <= most or size % 16:
-        nearest = min(max(round(size / 16) * 16, 16), most)
-        raise ValueError(f"{name}={size}; sizes are multiples of 16 up to {most}, try {nearest}")
-    if config.use_learned_positional_embeddings and size != native:
-        raise ValueError(f"{name}={size}; this model's learned positions only fit {name}={native}")
+def native_size(config: TransformerConfig) -> tuple[int, int, int]:
+    """(height, width, frames) a model is made for.
+
+    Files of models with patch_size_t may say 300×300 latents; they live at 480×720×85 pixels (Fun V1.5) and
+    768×1360×81 (CogVideoX1.5).
+    """
+    height, width, num_frames = 8 * config.sample_height, 8 * config.sample_width, config.sample_frames
+    if is_cogvideox15(config):
+        height, width = min(768, height), min(1360, width)
+    elif config.patch_size_t:
+        height, width, num_frames = min(480, height), min(720, width), 85
+    return height // 16 * 16, width // 16 * 16, video_frames(latent_frames(num_frames))
 
 
-def check_num_frames(config: TransformerConfig, num_frames: int) -> None:
-    """ValueError unless num_frames is 4k+1 and within the model's positions."""
-    if num_frames < 1 or num_frames % 4 != 1:
-        up = max(num_frames - 1, 0) // 4 * 4 + 5
-        tries = sorted({legal_num_frames(config, up), legal_num_frames(config, max(up - 4, 1))}, reverse=True)
-        raise ValueError(f"num_frames={num_frames}; the VAE needs 4k+1, try {' (or '.join(map(str, tries))}"
-                         + ")" * (len(tries) - 1))  # fmt: skip
+def native_fps(config: TransformerConfig) -> float:
+    """Frames a second of the clips a model learnt from, for reading as for writing."""
+    return 16.0 if is_cogvideox15(config) else 8.0
+
+
+def max_num_frames(config: TransformerConfig) -> int:
+    """Interpolated positions end with their table. RoPE goes on."""
+    if config.use_rotary_positional_embeddings or model_kind(config) == "text":
+        return MAX_FRAMES
+    return video_frames(latent_frames(config.sample_frames))
+
+
+def check_size(
+    config: TransformerConfig, height: int | None, width: int | None, num_frames: int | None
+) -> None:
+    """ValueError, with what to try, for a size this model cannot make; None is not looked at."""
+    for name, size in (("height", height), ("width", width)):
+        if size is None:
+            continue
+        check_side(name, size)
+        native = 8 * getattr(config, f"sample_{name}")
+        if config.use_learned_positional_embeddings and size != native:
+            raise ValueError(f"{name}={size}; this model's learned positions only fit {name}={native}")
+    if num_frames is None:
+        return
+    check_frames(num_frames)
     if num_frames > max_num_frames(config):
         raise ValueError(f"num_frames={num_frames} is more than this model's positions hold; "
                          f"the most is {max_num_frames(config)}")  # fmt: skip
 
 
-def max_num_frames(config: TransformerConfig) -> int:
-    """Interpolated positions end with their table. RoPE goes on; we stop counting at 16385 frames."""
-    if config.use_rotary_positional_embeddings or model_kind(config) == "text":
-        return 16385
-    return (config.sample_frames - 1) // 4 * 4 + 1
-
-
-def legal_num_frames(config: TransformerConfig, num_frames: int) -> int:
-    """The largest number of frames the model can make that is not above num_frames.
-
-    V1.5 patches latent frames in pairs: an odd number above one loses four frames, as in the reference.
-    """
-    latent_frames = (min(num_frames, max_num_frames(config)) - 1) // 4 + 1
-    if config.patch_size_t and latent_frames > 1:
-        latent_frames -= latent_frames % config.patch_size_t
-    return 4 * (latent_frames - 1) + 1
-
-
-def native_size(config: TransformerConfig) -> tuple[int, int, int]:
-    """(height, width, frames) a model is made for; V1.5 says 300×300 latents but lives at 480×720 pixels."""
-    height, width = 8 * config.sample_height, 8 * config.sample_width
-    num_frames = (config.sample_frames - 1) // 4 * 4 + 1
-    if config.patch_size_t:
-        height, width, num_frames = min(480, height), min(720, width), 85
-    return height // 16 * 16, width // 16 * 16, num_frames
-
-
 def choose_size(
     config: TransformerConfig, height: int | None, width: int | None, source: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """Height and width: as asked; else the native area at the source's aspect, in multiples of 16."""
+    """Height and width: as asked; else the native area at the aspect of the source (its height, width)."""
     native_height, native_width, _ = native_size(config)
     if source is None or config.use_learned_positional_embeddings:  # learned positions fit one size only
         return height or native_height, width or native_width
     aspect = source[0] / source[1]
     exact = height or (width * aspect if width else math.sqrt(native_height * native_width * aspect))
+    return height or near_side(exact), width or near_side(exact / aspect)
 
-    def legal(size: float, name: str) -> int:
-        return min(max(round(size / 16), 1) * 16, largest_side(config, name))
 
-    return height or legal(exact, "height"), width or legal(exact / aspect, "width")
+def legal_num_frames(config: TransformerConfig, num_frames: int, from_clip: bool = False) -> int:
+    """The largest number of frames the model can make that is not above num_frames.
+
+    Models with patch_size_t take latent frames in pairs. Fun V1.5 gives up the last of an odd number above
+    one, and so does CogVideoX1.5 where it starts from a clip; else it puts one more in front, `num_padding`.
+    """
+    count = latent_frames(min(num_frames, max_num_frames(config)))
+    pads = is_cogvideox15(config) and not from_clip
+    if config.patch_size_t and count > 1 and not pads:
+        count -= count % config.patch_size_t
+    return video_frames(count)
+
+
+def num_padding(config: TransformerConfig, num_latent_frames: int) -> int:
+    """How many latent frames CogVideoX1.5 makes in front of a video, to be dropped before decoding."""
+    if is_cogvideox15(config) and num_latent_frames > 1:
+        return num_latent_frames % config.patch_size_t
+    return 0
 
 
 # ---------------------------------------------------------------- from one kind to another

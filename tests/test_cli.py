@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import stat
 import struct
 import sys
@@ -57,15 +56,19 @@ def made(*words, model=INPAINT, **changes):
 
 def refused(capfd, *argv):
     """Run a command that must stop in one line and leave nothing; the line."""
-    before = sorted(Path("..").resolve().rglob("*"))
+    before = files_of(Path("..").resolve())
     try:
         status = sample.main([str(word) for word in argv])
     except SystemExit as stop:
         status = stop.code
     out, err = capfd.readouterr()
     assert status == 2 and len(err.splitlines()) == 1 and err.startswith("sample.py: error: "), (status, err)
-    assert sorted(Path("..").resolve().rglob("*")) == before, "something was left behind"
+    assert files_of(Path("..").resolve()) == before, "something was left behind"
     return err.removeprefix("sample.py: error: ")
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
 
 
 def broken(source, tmp_path, change):
@@ -160,7 +163,7 @@ def test_without_a_seed_it_is_drawn_and_recorded():
 def test_the_record_makes_the_same_video_again(model, inputs):
     made("x", model=model, out="a.mp4", **inputs)
     record = json.loads(Path("a.json").read_text())
-    assert record["versions"].keys() == {"python", "torch", "numpy"} and record["kind"]
+    assert record["versions"].keys() == {"torch", "numpy"} and record["kind"]
     argv = [record["prompt"], "--out", "b.mp4"]
     for name in (*sample.Request.__dataclass_fields__, "fps", "model", "dtype", "device"):
         value = record.get(name)
@@ -238,8 +241,9 @@ def test_clips_are_read_at_the_models_rate():
     grey = np.broadcast_to(4 * np.arange(60, dtype=np.uint8)[:, None, None, None], (60, 32, 48, 3))
     write_video(grey, "clip.mp4", fps=30)
     models = sample.load_models(CONTROL)
-    job = sample.prepare(models, sample.Request("x", control_video="clip.mp4", seed=0))
-    levels = job.frames.mean((1, 2, 3)) / 4
+    request = sample.complete(sample.Request("x", control_video="clip.mp4"), models)
+    known = sample.read_inputs(request, models.config)
+    levels = known.frames.mean((1, 2, 3)) / 4
     assert (
         len(levels) == 13 and np.abs(levels - 3.75 * np.arange(13)).max() < 1
     )  # nearest frame, and mp4's loss
@@ -249,7 +253,7 @@ def test_a_short_clip_decides_the_number_of_frames(capfd):
     write_video(NOISE[:7], "clip.mp4")
     made("x", video="clip.mp4", strength=0.5, out="a.mp4", **{"num-frames": None})
     assert len(read_video("a.mp4")) == 5
-    assert "of the clip's 7 frames at 8 fps the first 5 are taken" in capfd.readouterr().out
+    assert "7 frames do not fit this model: the first 5 are taken" in capfd.readouterr().out
 
 
 # ---------------------------------------------------------------- what is said, kept and freed
@@ -258,8 +262,15 @@ def test_a_short_clip_decides_the_number_of_frames(capfd):
 def test_the_start_and_the_end_say_what_is_made(capfd):
     made("x", out="a.mp4")
     out, err = capfd.readouterr()
-    for words in ("fun-2b-inp: inpaint, 33 channels", "48x32, 5 frames -> 2 latent frames -> 12 tokens",
-                  "ddim, 2 steps", "cpu, float32", "memory   about text", "a.mp4\n", "denoise"):  # fmt: skip
+    for words in (
+        "fun-2b-inp: inpaint, 33 channels",
+        "1 of 48x32, 5 frames -> 2 latent frames -> 12 tokens",
+        "ddim, 2 steps, strength 1, guidance 6",
+        "cpu, float32",
+        "memory   about text",
+        "a.mp4\n",
+        "denoise",
+    ):
         assert words in out
     assert not err
 
@@ -278,7 +289,7 @@ class Screen(io.StringIO):
 def test_a_terminal_sees_steps_and_seconds_left_of_each_stage(monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen := Screen())
     made("x", image="../media/picture.png", out="a.mp4")
-    for stage in ("text", "encode", "denoise", "decode"):
+    for stage in ("denoise", "decode"):
         assert f"{stage}:   0%" in screen.getvalue() and "0/2 [00:00<?" in screen.getvalue()
 
 
@@ -292,10 +303,9 @@ def test_help_shows_every_flag_and_its_default(capfd):
         "default: the model's own, else 6",
         "(default 0.0563)",
         "(default 0 999)",
-        "(default 8.0)",
         "(default 1.0)",
-        "checkpoints/tiny)",
-        "(default outputs)",
+        "default: checkpoints/tiny",
+        "default: outputs",
     ):
         assert words in text
     for name in sample.Request.__dataclass_fields__.keys() - {"prompt", "latents", "randn"}:
@@ -391,71 +401,45 @@ PICTURE, CLIP = ["--image", "../media/picture.png"], ["--video", "../media/clip.
     [
         (TEXT, "--num-frames 48", ["num_frames=48", "4k+1", "49 (or 45)"]),
         (INPAINT, "--num-frames 0", ["num_frames=0", "try 5 (or 1)"]),
-        (INPAINT, "--num-frames 18", ["num_frames=18", "try 17"]),
         (CONTROL, "--control-video ../media/clip.mp4 --num-frames 17", ["the most is 13"]),
         (ROPE, "--num-frames 99999999997", ["num_frames=99999999997", "the most is 16385"]),
-        (V15, "--num-frames 9", ["num_frames=9", "pairs", "try 5 (or 13)"]),
         (TEXT, "--height 30", ["height=30", "multiples of 16", "try 32"]),
-        (TEXT, "--width 0", ["width=0", "try 16"]),
         (TEXT, "--width 160000", ["width=160000", "up to 16384", "try 16384"]),
-        (V15, "--width 96", ["width=96", "up to 80", "try 80"]),
         (IMAGE, [*PICTURE, "--height", "48"], ["height=48", "learned positions", "height=32"]),
-        (TEXT, "--height 16384 --width 16384", ["GiB of memory", "are free", "smaller height"]),
         (TEXT, PICTURE, ["16-channel text model takes no image", "33-channel"]),
         (TEXT, "--control-video ../media/clip.mp4", ["takes no control_video", "32-channel control"]),
         (TEXT, "--mask ../media/white.png", ["takes no mask"]),
         (TEXT, "--strength 0.5", ["strength=0.5", "needs a video"]),
-        (INPAINT, "--control-video ../media/clip.mp4", ["33-channel inpaint model takes no control_video"]),
         (INPAINT, [*PICTURE, *CLIP], ["image and video contradict"]),
         (INPAINT, "--mask ../media/white.png", ["mask needs a video"]),
         (INPAINT, [*PICTURE, "--end-image", *PICTURE[1:], "--mask", "m.png"], ["mask needs a video"]),
         (INPAINT, [*PICTURE, *PICTURE[1:] * 5, "--num-frames", "5"], ["6 pictures", "num_frames=5"]),
         (INPAINT, [*CLIP, "--mask", "../media/black.png"], ["leaves nothing to generate"]),
         (INPAINT, [*CLIP, "--mask", "../media/short.gif"], ["short.gif has 3 frames, the clip 13"]),
-        (INPAINT, "--video ../media/short.gif --num-frames 9", ["3 frames", "num_frames=9", "try 1"]),
-        (CONTROL, "", ["needs a control_video"]),
-        (CONTROL, [*CLIP], ["32-channel control model takes no video"]),
-        (IMAGE, "", ["needs an image"]),
-        (IMAGE, [*PICTURE, "--end-image", *PICTURE[1:]], ["takes no end_image"]),
+        (INPAINT, "--video ../media/short.gif --num-frames 9", ["3 frames", "num_frames=9"]),
+        (CONTROL, "", ["needs control_video"]),
+        (IMAGE, "", ["needs image"]),
+        (IMAGE, [*PICTURE, *PICTURE[1:]], ["takes one image, not 2"]),
         (INPAINT, [*CLIP, "--strength", "0"], ["strength=0.0", "(0, 1]"]),
-        (INPAINT, [*CLIP, "--strength", "1.5"], ["strength=1.5"]),
         (INPAINT, [*CLIP, "--strength", "nan"], ["strength=nan"]),
         (INPAINT, [*CLIP, "--strength", "0.01", "--num-steps", "5"], ["leaves no step", "0.2"]),
-        (INPAINT, ["--video", "../media/picture.png"], ["picture.png is a picture", "clip"]),
-        (INPAINT, ["--image", "../media/short.gif"], ["short.gif is a clip", "picture"]),
-        (INPAINT, ["--video", "../media/empty.mp4"], ["empty.mp4 is empty, damaged"]),
-        (INPAINT, ["--image", "../media/text.png"], ["text.png is empty, damaged"]),
         (INPAINT, ["--image", "../media/gone.png"], ["gone.png does not exist"]),
-        (INPAINT, ["--image", "../media"], ["../media is a folder"]),
-        (INPAINT, ["--video", "/dev/zero"], ["/dev/zero"]),
         (INPAINT, "--num-steps 0", ["num_steps=0", "1 … 1000"]),
-        (INPAINT, "--num-steps 1001", ["num_steps=1001"]),
         (INPAINT, "--guidance-scale nan", ["guidance_scale=nan"]),
-        (INPAINT, "--guidance-scale -1", ["guidance_scale=-1.0"]),
         (INPAINT, "--guidance-interval 900 100", ["guidance_interval=900 100", "lower first"]),
-        (INPAINT, "--noise-aug-strength inf", ["noise_aug_strength=inf"]),
         (INPAINT, "--seed -1", ["seed=-1", "0 … 9223372036854775807"]),
         (INPAINT, "--seed 1 2 --num-videos 2", ["--num-videos counts up from one --seed"]),
-        (INPAINT, "--num-videos 0", ["--num-videos 0", "1 … 1000"]),
-        (INPAINT, "--fps 0", ["--fps 0.0"]),
+        (INPAINT, "--fps 0", ["fps=0.0"]),
         (INPAINT, "--sampler best", ["--sampler", "'best'", "ddim"]),
-        (INPAINT, "--dtype int8", ["--dtype", "'int8'", "bfloat16"]),
         (INPAINT, "--device cuda:77", ["--device cuda:77", "try cpu"]),
-        (INPAINT, "--device meta", ["--device meta", "try cpu"]),
-        (INPAINT, "--unknown 3", ["unrecognized arguments: --unknown 3", "--help"]),
         (INPAINT, "--num-step 3", ["unrecognized arguments", "--num-step"]),
-        (INPAINT, "--height 1e3", ["--height", "'1e3'"]),
         (INPAINT, "--out a.avi", ["--out a.avi", ".mp4, .gif or .png"]),
-        (INPAINT, "--out ../media/text.png/a.mp4", ["cannot write in", "choose another place"]),
-        (INPAINT, "--out /proc/new/a.mp4", ["--out /proc/new/a.mp4", "choose another place"]),
+        (INPAINT, "--out ../media/text.png/a.mp4", ["is the path right"]),
         (INPAINT, ["--out", "n" * 250 + ".mp4"], ["too long"]),
         (INPAINT, [*CLIP, "--out", "../media/clip.mp4"], ["clip.mp4 is an input", "another name"]),
-        (INPAINT, ["--image", "a\0b"], ["NUL"]),
-        (INPAINT, ["--image", "a\nb\u2028c"], ["a b c does not exist"]),
         (INPAINT, "--from-latents a.safetensors", ["a prompt", "--from-latents FILE without one"]),
         (GOLDENS, "", ["is not a checkpoint folder", "transformer"]),
         ("gone", "", ["--model gone", "no such folder", "owner/name"]),
-        ("../media/text.png", "", ["text.png is not a folder"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_in_one_line(model, flags, words, capfd):
@@ -464,14 +448,18 @@ def test_what_cannot_be_done_is_said_in_one_line(model, flags, words, capfd):
     assert all(word in message for word in words), message
 
 
+def test_what_does_not_fit_is_cut_and_said(capfd):
+    made("x", model=V15, out="a.mp4", **{"num-frames": 9})
+    assert len(read_video("a.mp4")) == 5
+    assert "9 frames do not fit this model: the first 5 are taken" in capfd.readouterr().out
+    edit_keys = broken(V15, Path(".."), lambda model: edit(model / TRANSFORMER, surprise=1))
+    made("x", model=edit_keys, out="b.mp4")
+    assert "transformer/config.json has keys we do not know: surprise" in capfd.readouterr().out
+
+
 def test_a_prompt_is_needed(capfd):
     assert "give a prompt" in refused(capfd, "--model", INPAINT)
-    assert "not a string of valid Unicode" in refused(capfd, "a\udcff", "--model", INPAINT)
-
-
-def test_a_broken_link_is_no_place_to_write_to(capfd):
-    Path("link").symlink_to("nowhere")
-    assert "cannot write in" in refused(capfd, "x", "--model", INPAINT, "--out", "link/a.mp4")
+    assert "surrogates not allowed" in refused(capfd, "a\udcff", "--model", INPAINT)
 
 
 def test_a_small_file_that_claims_a_large_picture_is_refused(capfd):
@@ -485,37 +473,11 @@ def test_a_small_file_that_claims_a_large_picture_is_refused(capfd):
 
 
 def test_memory_that_runs_out_is_one_line(capfd, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(sample, "free_bytes", lambda device: 2**20)
-        assert "GiB of memory" in refused(capfd, "x", "--model", INPAINT, "--height", "256", "--width", "256")
-
     def fail(*_, **__):
         torch.empty(2**60)
 
     monkeypatch.setattr(VideoTransformer, "forward", fail)
     assert "out of memory; try a smaller --height" in refused(capfd, "x", "--model", INPAINT)
-
-
-def test_pipes_do_not_block(tmp_path, capfd):
-    os.mkfifo("pipe.png")
-    assert "pipe.png" in refused(capfd, "x", "--model", INPAINT, "--image", "pipe.png")
-
-    def pipes(model):
-        for file in (
-            "transformer/config.json",
-            "vae/diffusion_pytorch_model.safetensors",
-            "tokenizer/spiece.model",
-        ):
-            path = model.with_name("model-" + file.split("/")[0])
-            shutil.copytree(model, path)
-            (path / file).unlink()
-            os.mkfifo(path / file)
-
-    broken(INPAINT, tmp_path, pipes)
-    signal.alarm(20)
-    for part in ("transformer", "vae"):
-        assert "is missing" in refused(capfd, "x", "--model", tmp_path / f"model-{part}")
-    signal.alarm(0)
 
 
 TINY_T5 = dict(vocab_size=1120, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=4)
@@ -525,25 +487,15 @@ TINY_VAE = dict(block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda m: T5Encoder(T5Config(**TINY_T5)).save_pretrained(m), ["text_embed_dim = 16", "= 32"]),
-        (lambda m: VideoVAE(VAEConfig(**TINY_VAE)).save_pretrained(m), ["out_channels = 16", "= 8"]),
+        (lambda m: T5Encoder(T5Config(**TINY_T5)).save_pretrained(m), ["text_embed_dim", "(32, 16)"]),
+        (lambda m: VideoVAE(VAEConfig(**TINY_VAE)).save_pretrained(m), ["out_channels", "(16, 8)"]),
         (lambda m: edit(m / TRANSFORMER, in_channels=20), ["in_channels = 20", "16, 32 and 33"]),
-        (lambda m: edit(m / TRANSFORMER, patch_size=4), ["mis-shaped", "patch_embed.proj.weight"]),
-        (lambda m: edit(m / TRANSFORMER, num_layers=10**9), ["num_layers = 1000000000", "0 … 256"]),
-        (lambda m: edit(m / TRANSFORMER, sample_height=10**6), ["sample_height", "0 … 16384"]),
-        (lambda m: edit(m / TRANSFORMER, num_attention_heads=10**6, attention_head_dim=10**6),
-         ["tensors beyond all reason"]),
-        (lambda m: edit(m / TRANSFORMER, max_text_seq_length=10**6), ["max_text_seq_length"]),
-        (lambda m: edit(m / TRANSFORMER, norm_eps="small"), ["norm_eps", "should be of type float"]),
-        (lambda m: edit(m / TRANSFORMER, norm_eps=10**400), ["norm_eps", "is outside"]),
-        (lambda m: edit(m / "vae/config.json", layers_per_block=200), ["layers_per_block = 200", "0 … 16"]),
+        (lambda m: edit(m / TRANSFORMER, patch_size=4), ["patch_size = 4 is not supported"]),
         (lambda m: edit(m / "text_encoder/config.json", num_layers=3), ["missing: encoder.block.2"]),
         (lambda m: edit(m / "scheduler/scheduler_config.json", beta_start=2), ["beta_start"]),
         (lambda m: shutil.rmtree(m / "vae"), ["neither vae/ nor config.json"]),
         (lambda m: (m / "vae/config.json").write_text("{"), ["vae/config.json is not readable JSON"]),
-        (lambda m: (m / VAE).rename(m / "vae/weights.bin"), ["pickled", "weights.bin"]),
         (lambda m: (m / VAE).write_bytes(b"\xff" * 99), ["truncated"]),
-        (lambda m: (m / VAE).write_bytes(b""), ["truncated"]),
         (lambda m: (m / "tokenizer/spiece.model").write_bytes(b"x"), ["spiece.model is damaged"]),
     ],
 )  # fmt: skip
@@ -557,15 +509,9 @@ def test_a_damaged_checkpoint_is_named_before_anything_is_loaded(change, words, 
     "tensors, record, words",
     [
         ({"latents": torch.zeros(1, 4, 2, 4, 6)}, "{}", ["(1, 4, 2, 4, 6)", "cannot decode"]),
-        ({"latents": torch.zeros(2, 16, 2, 4, 6)}, "{}", ["no latents of ours"]),
-        ({"latents": torch.zeros(16, 2, 4, 6)}, "{}", ["no latents of ours"]),
-        ({"latents": torch.zeros(1, 16, 0, 4, 6)}, "{}", ["cannot decode"]),
-        ({"latents": torch.zeros(1, 16, 2, 4, 6, dtype=torch.int8)}, "{}", ["no latents of ours"]),
+        ({"latents": torch.zeros(2, 16, 2, 4, 6)}, "{}", ["cannot decode"]),
         ({"latents": torch.full((1, 16, 2, 4, 6), torch.inf)}, "{}", ["not finite"]),
         ({"x": torch.zeros(1)}, "{}", ["no latents of ours"]),
-        ({"latents": torch.zeros(1, 16, 2, 4, 6)}, "[" * 10**5, ["no latents of ours"]),
-        ({"latents": torch.zeros(1, 16, 2, 4, 6)}, '{"fps": NaN}', ["nan fps", "--fps 8.0"]),
-        ({"latents": torch.zeros(1, 16, 2, 4, 6)}, '{"dtype": "int8"}', ["dtype 'int8'"]),
     ],
 )
 def test_latents_of_another_kind_are_refused(tensors, record, words, tmp_path, capfd):
@@ -576,4 +522,4 @@ def test_latents_of_another_kind_are_refused(tensors, record, words, tmp_path, c
 
 def test_from_latents_takes_no_flags_of_sampling(capfd):
     message = refused(capfd, "--from-latents", "a.safetensors", "--num-steps", "3", "--image", "p.png")
-    assert "only decodes; image, num_steps cannot change" in message
+    assert "only decodes; image cannot change" in message

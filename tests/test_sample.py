@@ -17,7 +17,9 @@ from PIL import Image
 
 import sample
 from media import write_video
-from sample import Request, choose_size, generate, legal_num_frames, load_models, native_size, prepare
+from sample import Request, complete, generate, load_models, read_inputs
+from transformer import choose_size, legal_num_frames, native_size
+from vae import VideoVAE
 
 ASSETS = GOLDENS / "fun-2b-inp/assets"
 LATENTS = 5e-4
@@ -156,6 +158,84 @@ def test_image_to_video_equals_diffusers(run, settings):
     check_run("cogvideox-5b-i2v", run, image=image, **settings)
 
 
+@pytest.mark.parametrize(
+    "variant, run, settings",
+    [
+        ("cogvideox-1.5-5b-t2v", "t2v_ddim", {"sampler": "ddim-cog"}),
+        ("cogvideox-1.5-5b-t2v", "t2v_dpm", {"dynamic_guidance": True, "keys": [0, 2, 4, 5]}),
+        ("cogvideox-1.5-5b-t2v", "t2v_short", {"sampler": "ddim-cog"}),
+        ("cogvideox-1.5-5b-t2v", "v2v", {"sampler": "ddim-cog", "strength": 0.7, "num_steps": 6}),
+        ("cogvideox-1.5-5b-i2v", "i2v_ddim", {"sampler": "ddim-cog"}),
+        ("cogvideox-1.5-5b-i2v", "i2v_dpm", {"dynamic_guidance": True, "keys": [0, 1, 3, 5, 6]}),
+        ("cogvideox-1.5-5b-i2v", "i2v_short", {"sampler": "ddim-cog"}),
+    ],
+)  # fmt: skip
+def test_cogvideox15_equals_diffusers(variant, run, settings):
+    """An odd number of latent frames is denoised with one more in front, which is dropped."""
+    want = expected(variant)
+    if run == "v2v":
+        settings["video"] = want["pipe.v2v.frames_u8"].numpy()
+    if f"pipe.{run}.image_u8" in want:
+        settings["image"] = want[f"pipe.{run}.image_u8"].numpy()
+    check_run(variant, run, **settings)
+
+
+def shapes_drawn(variant, **settings):
+    """Of each random draw in a run of one step; and the shape of the latents."""
+    shapes = []
+
+    def randn(shape):
+        shapes.append(shape)
+        return torch.zeros(shape)
+
+    models = load_models(GOLDENS / variant)
+    settings = {"num_steps": 1, "height": 32, "width": 48, "randn": randn, "output": "latents"} | settings
+    latents = generate(models, "x", **settings)
+    return shapes, tuple(latents.shape)
+
+
+def test_cogvideox15_draws_the_picture_then_padded_noise():
+    picture = np.zeros((32, 48, 3), np.uint8)
+    drawn, made = shapes_drawn("cogvideox-1.5-5b-i2v", image=picture, num_frames=9, sampler="euler-a")
+    assert drawn == [(1, 16, 1, 4, 6), (1, 16, 4, 4, 6), (1, 16, 4, 4, 6)] and made == (1, 16, 3, 4, 6)
+    drawn, made = shapes_drawn("cogvideox-1.5-5b-t2v", num_frames=1)
+    assert drawn[0] == (1, 16, 1, 4, 6) and made == (1, 16, 1, 4, 6)
+    clip = np.zeros((9, 32, 48, 3), np.uint8)  # a clip is not padded but cut
+    drawn, made = shapes_drawn("cogvideox-1.5-5b-t2v", video=clip, strength=0.5, num_steps=2, sampler="ddim")
+    assert drawn == [(1, 16, 2, 4, 6), (1, 16, 2, 4, 6)] and made == (1, 16, 2, 4, 6)
+
+
+def test_an_image_model_is_shown_an_end_picture_in_its_last_latent_frame(monkeypatch):
+    conditions = []
+    monkeypatch.setattr(sample, "guided", lambda *args: conditions.append(args[4]) or (lambda x, t: x))
+    start, end = (np.full((32, 48, 3), level, np.uint8) for level in (200, 20))
+    for variant, frames in (("cogvideox-5b-i2v", 3), ("cogvideox-1.5-5b-i2v", 4)):
+        for settings in ({"image": start}, {"image": end}, {"image": start, "end_image": end}):
+            drawn, _ = shapes_drawn(variant, num_frames=9, **settings)
+            assert drawn[0] == (1, 16, 1, 4, 6)
+        first, last, both = conditions[-3:]
+        assert both.shape[2] == frames and not both[:, :, 1:-1].any()
+        assert torch.equal(both[:, :, 0], first[:, :, 0])
+        assert torch.equal(both[:, :, -1], last[:, :, 0]) and not last[:, :, 1:].any()
+
+
+def test_tiles_reach_the_vae_both_ways(monkeypatch):
+    tiled = []
+    for name in ("moments", "decode_stream"):
+        plain = getattr(VideoVAE, name)
+
+        def watched(self, x, *args, plain=plain, **settings):
+            tiled.append(settings.get("tiled", args[0] if args else False))
+            return plain(self, x, *args, **settings)
+
+        monkeypatch.setattr(VideoVAE, name, watched)
+    clip = np.zeros((5, 32, 48, 3), np.uint8)
+    mask = np.full((32, 48), 255, np.uint8)
+    mask[:8] = 0
+    run_2b(video=clip, mask=mask, strength=0.5, tiled=True, output="frames")
+    assert tiled == [True, True, True]
+
+
 # ---------------------------------------------------------------- what the goldens do not pin
 
 
@@ -205,16 +285,16 @@ def test_clips_and_masks_from_files_give_what_arrays_give(tmp_path):
     mask[8:24, 8:40] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     models = load_models(GOLDENS / "fun-2b-inp")
-    job = prepare(models, Request("x", video=tmp_path / "clip.mp4", mask=tmp_path / "mask.png", seed=0))
-    assert job.frames.shape == (9, 32, 48, 3) and job.num_frames == 9
-    assert (
-        np.abs(job.frames.astype(int) - clip).mean() < 60
-    )  # noise survives H.264 badly, but it is that clip
-    assert torch.equal(job.mask, torch.from_numpy(mask > 0).expand(9, -1, -1))
+    request = complete(Request("x", video=tmp_path / "clip.mp4", mask=tmp_path / "mask.png"), models)
+    known = read_inputs(request, models.config)
+    assert known.frames.shape == (9, 32, 48, 3) and known.num_frames == 9
+    # noise survives H.264 badly, but it is that clip
+    assert np.abs(known.frames.astype(int) - clip).mean() < 60
+    assert torch.equal(known.mask, torch.from_numpy(mask > 0).expand(9, -1, -1))
 
 
 def test_sizes_follow_the_input_at_the_native_area():
-    config = load_models(GOLDENS / "fun-2b-inp").transformer_config  # native 32 x 48
+    config = load_models(GOLDENS / "fun-2b-inp").config  # native 32 x 48
     assert native_size(config) == (32, 48, 13)
     assert choose_size(config, None, None, None) == (32, 48)
     assert choose_size(config, None, None, (1000, 500)) == (48, 32)
@@ -222,12 +302,12 @@ def test_sizes_follow_the_input_at_the_native_area():
     assert choose_size(config, 64, None, (500, 1000)) == (64, 128)
     assert choose_size(config, None, 64, (500, 1000)) == (32, 64)
     assert choose_size(config, 64, 64, (500, 1000)) == (64, 64)
-    learned = load_models(GOLDENS / "cogvideox-5b-i2v").transformer_config
+    learned = load_models(GOLDENS / "cogvideox-5b-i2v").config
     assert choose_size(learned, None, None, (1000, 500)) == (32, 48)
 
 
 def test_v15_takes_pairs_of_latent_frames():
-    config = load_models(GOLDENS / "fun-1.5-5b-inp").transformer_config
+    config = load_models(GOLDENS / "fun-1.5-5b-inp").config
     assert [legal_num_frames(config, f) for f in (1, 5, 9, 13, 17, 21, 85)] == [1, 5, 5, 13, 13, 21, 85]
     assert native_size(config)[2] == 85
 
@@ -247,8 +327,8 @@ def test_v15_takes_pairs_of_latent_frames():
         ("fun-2b-inp", {"sampler": "pndm"}, "choose from"),
         ("fun-2b-inp", {"latents": torch.zeros(1, 16, 1, 2, 2)}, "do not fit"),
         ("cogvideox-2b-t2v", {"image": str(ASSETS / "start.png")}, "takes no image"),
-        ("cogvideox-5b-i2v", {}, "needs an image"),
-        ("fun-2b-control", {}, "needs a control_video"),
+        ("cogvideox-5b-i2v", {}, "needs image"),
+        ("fun-2b-control", {}, "needs control_video"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(variant, settings, message):
@@ -294,33 +374,27 @@ def test_segments_fill_any_length_and_always_overlap():
 
 def test_a_long_video_gives_each_segment_the_last_frames_of_the_one_before(monkeypatch):
     """Exactly num_frames frames; known frames are passed as they are, the end picture to the last alone."""
-    models, requests, plain = sample.load_models(GOLDENS / "fun-2b-inp", keep=True), [], sample.generate
-    length = sample.native_size(models.transformer_config)[2]
+    models, requests, plain = load_models(GOLDENS / "fun-2b-inp", keep=True), [], sample.generate
+    length = native_size(models.config)[2]
 
     def watched(*args, **settings):
-        frames = plain(*args, **settings)
-        requests.append((settings, frames))
-        return frames
+        latents = plain(*args, **settings)
+        requests.append((settings, np.concatenate(list(sample.decode(models, latents)))))
+        return latents
 
     monkeypatch.setattr(sample, "generate", watched)
     start, end = (np.full((32, 48, 3), level, np.uint8) for level in (200, 20))
-    chunks = sample.generate_long(
-        models, "a cat", 2 * length, image=start, end_image=end, num_steps=1, seed=3
-    )
+    settings = {"image": start, "end_image": end, "num_steps": 1, "seed": 3}
     with pytest.raises(ValueError, match="4k\\+1"):
-        list(chunks)
+        list(sample.generate_long(models, "a cat", 2 * length, **settings))
     num_frames = 2 * length - 1
-    video = np.concatenate(
-        list(
-            sample.generate_long(models, "a cat", num_frames, image=start, end_image=end, num_steps=1, seed=3)
-        )
-    )
+    video = np.concatenate(list(sample.generate_long(models, "a cat", num_frames, **settings)))
     assert video.shape == (num_frames, 32, 48, 3)
-    shared = sample.segments(num_frames, length)
-    assert len(requests) == len(shared) == 3
+    overlaps = sample.segments(num_frames, length)
+    assert len(requests) == len(overlaps) == 3
     assert requests[0][0]["image"] is start and requests[0][0]["end_image"] is None
     before, done = requests[0][1], 0
-    for n, (settings, frames) in zip(shared[1:], requests[1:]):
+    for n, (settings, frames) in zip(overlaps[1:], requests[1:]):
         assert np.array_equal(settings["video"][:n], before[-n:])
         assert not settings["mask"][:n].any() and settings["mask"][n:-1].all()
         assert np.array_equal(video[done : done + length - n], before[:-n])
@@ -329,6 +403,32 @@ def test_a_long_video_gives_each_segment_the_last_frames_of_the_one_before(monke
     assert requests[1][0]["mask"][-1].all() and not requests[2][0]["mask"][-1].any()
     assert (requests[2][0]["video"][-1] == 20).all()
     assert len({settings["seed"] for settings, _ in requests}) == 3
+
+
+def test_a_long_video_goes_on_from_the_segments_beside_it(tmp_path, monkeypatch, capsys):
+    flags = "--num-steps 1 --height 32 --width 32 --num-frames 25 --seed 1".split()
+    command = ["a cat", *flags, "--model", str(GOLDENS / "fun-2b-inp")]
+    assert sample.main([*command, "--out", str(tmp_path / "whole.mp4")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.json", "whole.mp4"]
+    plain, calls = sample.generate, []
+
+    def stops_at_the_third(*args, **settings):
+        calls.append(settings["seed"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*args, **settings)
+
+    monkeypatch.setattr(sample, "generate", stops_at_the_third)
+    again = [*command, "--out", str(tmp_path / "again.mp4")]
+    assert sample.main(again) == 2
+    capsys.readouterr()
+    assert sample.main([*again[:-1], again[-1], "--guidance-scale", "3"]) == 2
+    assert "segment-1.safetensors was made with guidance_scale=6.0, not 3.0" in capsys.readouterr().err
+    without_seed = again[: again.index("--seed")] + again[again.index("--seed") + 2 :]
+    assert sample.main(without_seed) == 0
+    assert calls == [1, 2, 3, 3]
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert not list(tmp_path.glob("*segment*"))
 
 
 def test_a_segment_fades_in_over_the_frames_it_shares():
@@ -355,6 +455,6 @@ def test_the_command_line_makes_long_videos_of_inpaint_models_only(tmp_path, cap
     assert len(sample.read_video(out, 100)) == 25
     assert "25 frames in" in capsys.readouterr().out and out.with_suffix(".json").exists()
     assert sample.main([*options, "--model", str(GOLDENS / "fun-2b-control"), "--out", str(out)]) == 2
-    clip = ["--video", str(out), "--strength", "0.5"]
+    clip = ["--video", str(out), "--strength", "0.5", "--num-steps", "2"]
     assert sample.main([*options, *clip, "--model", str(GOLDENS / "fun-2b-inp"), "--out", str(tmp_path)]) == 2
     assert "takes no video" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDENS, VARIANTS, assert_close, expected
+from conftest import GOLDENS, ROUNDS_ALIKE, V15, VARIANTS, assert_close, expected
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,13 +17,18 @@ from transformer import (
     CHECKPOINTING,
     TransformerConfig,
     VideoTransformer,
-    attend,
+    check_size,
+    choose_size,
     grow_input_channels,
+    legal_num_frames,
+    native_fps,
+    native_size,
+    num_padding,
 )
 
 CASES = [
     (variant, int(key[4:-2]))
-    for variant in VARIANTS
+    for variant in VARIANTS + V15
     for key in sorted(expected(variant))
     if key.startswith("tr.g") and key.endswith(".x")
 ]
@@ -69,7 +74,7 @@ def random_inputs(dit: VideoTransformer, f: int = 3, h: int = 4, w: int = 6) -> 
 # ---------------------------------------------------------------- the reference's numbers
 
 # Outputs are of order 4, computed in float32 through two blocks; other summation orders move them by 2e-6.
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5 if ROUNDS_ALIKE else 2e-5
 
 
 @pytest.mark.parametrize("variant, index", CASES)
@@ -112,7 +117,7 @@ def test_the_training_prediction_equals_the_reference(variant):
     assert_close(velocity.transpose(1, 2), g["train.pred"], TOLERANCE)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS + V15)
 def test_what_we_save_gives_the_same_velocity_in_diffusers(variant, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     ours = load(variant)
@@ -124,10 +129,11 @@ def test_what_we_save_gives_the_same_velocity_in_diffusers(variant, tmp_path):
     noisy, t, text, condition = random_inputs(ours, f, rows * c.patch_size, cols * c.patch_size)
     latents = noisy if condition is None else torch.cat([noisy, condition], dim=1)
     num_text = c.max_text_seq_length
+    ofs = {"ofs": torch.tensor([2.0, 2.0])} if c.ofs_embed_dim else {}
     with torch.no_grad():
         _, rope = ours._positions((f // (c.patch_size_t or 1), rows, cols), num_text, noisy.device)
         rope = rope and tuple(part[num_text:].repeat_interleave(2, dim=-1) for part in rope)
-        theirs = theirs(latents.transpose(1, 2), text, t, image_rotary_emb=rope).sample.transpose(1, 2)
+        theirs = theirs(latents.transpose(1, 2), text, t, image_rotary_emb=rope, **ofs).sample.transpose(1, 2)
         assert_close(ours(noisy, t, text, condition), theirs, TOLERANCE)
 
 
@@ -146,19 +152,6 @@ def test_random_weights_give_the_same_velocity_in_diffusers(changes, size, tmp_p
 
 
 # ---------------------------------------------------------------- properties
-
-
-def test_attention_trained_in_bf16_equals_torchs_without_calling_it(monkeypatch):
-    results, kernel = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
-    for function, dtype in ((attend, torch.bfloat16), (kernel, torch.float32)):
-        torch.manual_seed(0)
-        inputs = [torch.randn(2, 3, 40, 16).bfloat16().to(dtype).requires_grad_(True) for _ in range(3)]
-        out = function(*inputs)
-        out.backward(torch.randn(out.shape).to(dtype))
-        results.append([out, *(x.grad for x in inputs)])
-    for found, want in zip(*results):
-        assert (found.float() - want).norm() < 0.01 * want.norm()
 
 
 def test_norms_of_q_and_k_have_their_own_eps():
@@ -391,7 +384,7 @@ def test_weights_that_do_not_fit_are_named(folder, change, message):
         VideoTransformer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS + V15)
 def test_shards_and_unknown_config_keys_survive_a_save(variant, tmp_path):
     dit = load(variant)
     dit.config.extra["new_key"] = [1, {"a": None}]
@@ -419,76 +412,61 @@ ROPE = {"use_rotary_positional_embeddings": True}
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"ofs_embed_dim": 512}, "ofs_embed_dim = 512 is not supported"),
+        ({"ofs_embed_dim": 512}, "ofs_embed_dim = 512"),
         ({"activation_fn": "gelu"}, "activation_fn = 'gelu' is not supported"),
-        ({"timestep_activation_fn": "gelu"}, "timestep_activation_fn = 'gelu'"),
         ({"temporal_compression_ratio": 8}, "temporal_compression_ratio = 8"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos = False"),
-        ({"freq_shift": 1}, "freq_shift = 1"),
-        ({"dropout": 0.1}, "dropout = 0.1"),
         ({"patch_size_t": 3, **ROPE}, "patch_size_t = 3"),
-        ({"patch_size": 0}, "patch_size = 0 must be positive"),
-        ({"in_channels": 8}, "in_channels = 8 is below out_channels = 16"),
-        ({"sample_height": 1}, r"grid of \(3, 0, 3\)"),
-        ({"attention_head_dim": 24, **ROPE}, "attention_head_dim must be a multiple of 16"),
-        ({"attention_head_dim": 12}, r"num_attention_heads \* attention_head_dim must be a multiple of 16"),
-        ({"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings needs RoPE"),
         ({"patch_size_t": 2}, "patch_size_t needs use_rotary_positional_embeddings"),
     ],
 )
-def test_configs_we_cannot_run_are_refused(change, message):
+def test_configs_that_would_compute_something_else_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY, **change)
 
 
 @pytest.mark.parametrize(
-    "variant, change, message",
+    "variant, noisy, condition, message",
     [
-        (
-            "fun-2b-inp",
-            {"condition": None},
-            r"condition is None; a model of 33 channels needs \(1, 17, 4, 4, 6\)",
-        ),
-        ("fun-2b-inp", {"condition": (1, 16, 4, 4, 6)}, r"condition is \(1, 16, 4, 4, 6\)"),
-        ("fun-2b-inp", {"condition": (1, 17, 3, 4, 6)}, r"condition is \(1, 17, 3, 4, 6\)"),
-        ("cogvideox-2b-t2v", {"condition": (1, 17, 4, 4, 6)}, "a model of 16 channels needs None"),
-        ("fun-2b-inp", {"noisy": (1, 33, 4, 4, 6)}, "noisy is .* expected b 16 f h w"),
-        ("fun-2b-inp", {"noisy": (1, 16, 4, 5, 6), "condition": (1, 17, 4, 5, 6)}, "latents are 5x6"),
-        (
-            "fun-2b-inp",
-            {"noisy": (1, 16, 5, 4, 6), "condition": (1, 17, 5, 4, 6)},
-            "5 latent frames; .* end at 4",
-        ),
-        ("fun-2b-inp", {"text": (1, 225, 16)}, r"text is \(1, 225, 16\); expected \(1, 226, 16\)"),
-        ("cogvideox-5b-i2v", {"text": (1, 31, 16)}, r"text is \(1, 31, 16\); expected \(1, 32, 16\)"),
-        ("fun-5b-inp", {"text": (1, 32, 15)}, r"text is \(1, 32, 15\)"),
-        ("fun-5b-inp", {"text": (2, 32, 16)}, r"text is \(2, 32, 16\)"),
-        (
-            "cogvideox-5b-i2v",
-            {"noisy": (1, 16, 4, 6, 4), "condition": (1, 16, 4, 6, 4)},
-            "learned positions only fit",
-        ),
-        (
-            "fun-1.5-5b-inp",
-            {"noisy": (1, 16, 3, 4, 6), "condition": (1, 17, 3, 4, 6)},
-            "1 or a multiple of 2",
-        ),
-        (
-            "fun-1.5-5b-inp",
-            {"noisy": (1, 16, 2, 12, 6), "condition": (1, 17, 2, 12, 6)},
-            "positions end at 10x10",
-        ),
+        ("fun-2b-inp", (1, 16, 4, 4, 6), None, "condition None; a model of 33 channels needs 16 and 17"),
+        ("fun-2b-inp", (1, 16, 4, 4, 6), (1, 17, 3, 4, 6), r"condition \(1, 17, 3, 4, 6\)"),
+        ("cogvideox-2b-t2v", (1, 16, 4, 4, 6), (1, 17, 4, 4, 6), "a model of 16 channels needs 16 and 0"),
+        ("fun-2b-inp", (1, 16, 4, 5, 6), (1, 17, 4, 5, 6), "4x5x6 do not divide"),
+        ("fun-2b-inp", (1, 16, 5, 4, 6), (1, 17, 5, 4, 6), "5 latent frames; .* end at 4"),
+        ("cogvideox-5b-i2v", (1, 16, 4, 6, 4), (1, 16, 4, 6, 4), "learned positions only fit"),
+        ("fun-1.5-5b-inp", (1, 16, 3, 4, 6), (1, 17, 3, 4, 6), "3x4x6 do not divide"),
     ],
 )
-def test_inputs_the_model_cannot_take_are_refused_in_one_line(variant, change, message):
+def test_shapes_the_model_cannot_take_are_refused(variant, noisy, condition, message):
     dit = load(variant)
     c = dit.config
-    shapes = {
-        "noisy": (1, 16, 4, 4, 6),
-        "text": (1, c.max_text_seq_length, c.text_embed_dim),
-        "condition": (1, c.in_channels - 16, 4, 4, 6) if c.in_channels > 16 else None,
-    } | change
-    tensors = {name: None if shape is None else torch.zeros(shape) for name, shape in shapes.items()}
-    with pytest.raises(ValueError, match=message) as error:
-        dit(timesteps=0, **tensors)
-    assert "\n" not in str(error.value)
+    text = torch.zeros(1, c.max_text_seq_length, c.text_embed_dim)
+    condition = None if condition is None else torch.zeros(condition)
+    with pytest.raises(ValueError, match=message):
+        dit(torch.zeros(noisy), 0, text, condition)
+
+
+def test_added_positions_need_the_text_length_they_were_made_for():
+    dit = load("fun-2b-inp")
+    with pytest.raises(ValueError, match="text has 225 tokens, not 226"):
+        dit(torch.zeros(1, 16, 4, 4, 6), 0, torch.zeros(1, 225, 16), torch.zeros(1, 17, 4, 4, 6))
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_cogvideox15_has_its_own_native_size_rate_and_padding():
+    text = replace(load("cogvideox-1.5-5b-t2v").config, sample_height=300, sample_width=300, sample_frames=81)
+    assert native_size(text) == (768, 1360, 81) and native_fps(text) == 16
+    assert native_size(replace(text, sample_height=96, sample_width=170)) == (768, 1360, 81)
+    assert choose_size(text, None, None, (1080, 1920)) == (768, 1360)
+    assert choose_size(text, None, None, (1920, 1080)) == (1360, 768)
+    assert [legal_num_frames(text, f) for f in (1, 5, 9, 81, 85)] == [1, 5, 9, 81, 85]
+    assert [legal_num_frames(text, f, from_clip=True) for f in (1, 5, 9, 81, 85)] == [1, 5, 5, 77, 85]
+    assert [num_padding(text, f) for f in (1, 2, 3, 21, 22)] == [0, 0, 1, 1, 0]
+    fun = replace(text, in_channels=33)
+    assert native_size(fun) == (480, 720, 85) and native_fps(fun) == 8
+    assert [legal_num_frames(fun, f) for f in (1, 5, 9, 81, 85)] == [1, 5, 5, 77, 85]
+    assert not num_padding(fun, 21)
+    check_size(text, 1360, 768, 81)  # positions are counted from the corner: portrait is as good
+    check_size(fun, 1024, 1024, 81)
