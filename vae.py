@@ -120,6 +120,7 @@ class SpatialNorm(nn.Module):
     def __init__(self, channels: int, latent_channels: int, num_groups: int):
         super().__init__()
         self.norm_layer = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        # Official files call these weights conv_y.conv.weight and so on.
         self.conv_y = nn.Sequential(OrderedDict(conv=nn.Conv3d(latent_channels, channels, kernel_size=1)))
         self.conv_b = nn.Sequential(OrderedDict(conv=nn.Conv3d(latent_channels, channels, kernel_size=1)))
 
@@ -205,9 +206,10 @@ class Upsample(nn.Module):
             return x
         is_start = self not in cache
         cache[self] = True
-        num_frames = x.shape[2]
-        x = F.interpolate(x, scale_factor=(2.0, 1.0, 1.0))
-        return x[:, :, 1:] if is_start and num_frames % 2 == 1 else x
+        doubled = F.interpolate(x, scale_factor=(2.0, 1.0, 1.0))
+        if is_start and x.shape[2] % 2 == 1:
+            doubled = doubled[:, :, 1:]
+        return doubled
 
     def enlarge(self, x: Tensor) -> Tensor:
         """b c f h w -> b c f 2h 2w"""
@@ -215,7 +217,7 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """Resnets, then at most one resampler, under their official names. It is gone through like a list."""
+    """Resnets, then at most one resampler, under their official names; every layer takes (x, cache, z)."""
 
     def __init__(self, config: VAEConfig, channels: list[int], is_decoder: bool):
         super().__init__()
@@ -448,13 +450,14 @@ class VideoVAE(nn.Module):
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
         return self.posterior(mean, logvar, noise)
 
-    def encode_first_picture(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode_first_picture(self, pixels: Tensor, noise: Tensor, tiled: bool = False) -> Tensor:
         """What an image-to-video model is shown: a sample of the picture's posterior, scaled its own way.
 
         pixels: b 3 1 h w in [-1, 1]    noise: b 16 1 h' w' -> b 16 1 h' w'
         CogVideoX1.5 was trained with these latents divided by the scaling factor, all others multiplied.
         """
-        latents = self.posterior(*self.moments(pixels), noise)
+        mean, logvar = self.moments(pixels, tiled)
+        latents = self.posterior(mean, logvar, noise)
         if self.config.invert_scale_latents:
             latents = latents / self.config.scaling_factor**2
         return latents
