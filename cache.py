@@ -1,159 +1,236 @@
-"""--cache-latents DIR: what VAE and T5 say of the training data, kept on disk. This file may be deleted.
+"""Encode once, train often: what VAE and T5 say of the samples, kept on disk or on the device.
 
-    read   in the loader's threads: the entries of a sample, and the sample itself where one is lacking
-    join   in the training loop: makes and keeps what is lacking; then a batch of `Moments`
+    fill     before the steps of a phase: what its micro-batches ask for and is not there is made, clips
+             first, then texts; so neither VAE nor T5 is in memory while the transformer learns
+    batches  then gives each micro-batch as tensors
 
-    DIR/KEY.safetensors   of a clip in a bucket, from one first frame on: its posterior (and its control's)
-                          of one of `cached_draws` draws: mask, and the posterior of the masked clip; epoch e
-                          uses draw e mod cached_draws
-                          of a caption: the T5 output, in runs that train no text encoder
+An entry is what one sample is under one key (seed, draw, sample), see data.Epochs:
 
-Posteriors are kept, not samples of them, so each epoch still samples anew. KEY is a hash of all that decides
-an entry: content of the file, weights, bucket, seed, settings; after changes to the code raise VERSION. What
-has changed is therefore made anew, under another name; old entries stay until DIR is removed. An entry is
-written whole or not at all, with a checksum; one that is damaged is made anew.
+    latents  32 f' h' w'   posterior of the clip: means, then log-variances   (control: of the control clip)
+    masked   32 f' h' w'   the same of what an inpaint model is shown; known 1 f' h' w', zero: see inpaint.py
+
+Posteriors are kept, not samples of them, so each epoch samples anew. Texts are kept beside, one for each
+caption. On disk (--cache-latents DIR) an entry is a file, named by a hash of all that decides it: the content
+of the clip's file, weights, bucket, key, settings; after changes to the code raise VERSION. On the device a
+bucket is one tensor, and a micro-batch an index into it. This file may be deleted.
+
+Dimension key: b batch, f' h' w' frames, height, width of latents, L text tokens, d text width.
 """
 
-import contextlib
-import functools
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import data
-import inpaint
-from checkpoint import component_dir, open_safetensors, save_tensors
-from data import Record, Sample
+from checkpoint import open_safetensors, save_tensors
+from data import Key, Loader, Micro, Record, Sample, draw_caption
 from sizes import Bucket
 
-VERSION = 2
+VERSION = 3
+TEXTS = 64  # that T5 encodes together: each time all its layers are read from the disk
+Batch = dict[str, Tensor]
 
 
-class Moments(NamedTuple):
-    """A batch of samples as `Denoising.encode` and `predict` in train.py take it in place of pixels."""
+class Cache:
+    """What both homes share: making what is lacking."""
 
-    tensors: dict[str, Tensor]  # see Denoising.clip_moments and condition_moments
-    caption: list[str] | Tensor  # or what T5 made of them, b L d
+    def __init__(
+        self,
+        loader: Loader,
+        read: Callable[[Record, Bucket, Key], Sample],
+        encode_clips: Callable[[list[Sample]], Batch],
+        encode_texts: Callable[[list[str]], Tensor],
+    ):
+        """encode_texts: what T5 makes of captions, b L d; or, while T5 learns, their ids, b L"""
+        self.loader, self.read = loader, read
+        self.encode_clips, self.encode_texts = encode_clips, encode_texts
+
+    def fill(self, micros: Iterable[Micro]) -> int:
+        """Make what these micro-batches ask for and is not there yet; returns how many samples that were."""
+        micros = list(micros)
+        lacking: dict[Bucket, dict[tuple[int, Key], None]] = {}  # dicts for sets, as they keep their order
+        for micro in micros:
+            for index, key in zip(micro.indices, micro.keys):
+                if not self.has(index, micro.bucket, key):
+                    lacking.setdefault(micro.bucket, {})[index, key] = None
+        groups = list(encoding_groups(lacking))
+        for group, samples in zip(groups, self.loader.each(groups, self.read)):
+            # A broken file's place is taken by another, which comes with its own caption.
+            self.keep_clips(group, self.encode_clips(samples), [sample.caption for sample in samples])
+        self.keep_texts(micros)
+        return sum(len(group.keys) for group in groups)
 
 
-class Found(NamedTuple):
-    """The entries of one sample, {kind: (key, tensors or None where there is no such entry yet)}."""
+def encoding_groups(
+    samples: dict[Bucket, dict[tuple[int, Key], None]], max_tokens: int = 16384
+) -> Iterator[Micro]:
+    """Micro-batches of at most so many tokens: the VAE takes far more memory than the latents it gives."""
+    for bucket, pairs in samples.items():
+        pairs, size = list(pairs), max(1, max_tokens // bucket.tokens)
+        for i in range(0, len(pairs), size):
+            indices, keys = zip(*pairs[i : i + size])
+            yield Micro(bucket, list(indices), list(keys), epoch=0, number=0)
 
-    sample: Sample | None  # pixels, if something is to be made from them
-    caption: str
-    draw: tuple[int, int, int]  # what all random about the entries is a function of
-    entries: dict[str, tuple[str, dict[str, Tensor] | None]]
+
+class DeviceCache(Cache):
+    """Kept on the device that trains: for small models, whose steps are quicker than any reading."""
+
+    def __init__(self, *encoding, device: torch.device):
+        super().__init__(*encoding)
+        self.device = device
+        self.tables: dict[Bucket, Batch] = {}  # {name: n …}
+        self.rows: dict[tuple[Bucket, Key], int] = {}  # in the tables of its bucket
+        self.texts = torch.empty(0)  # of each caption, n L d or, while T5 learns, ids n L
+        self.text_rows: dict[str, int] = {}
+        self.captions: dict[Bucket, list[int]] = {}  # of each row of its tables, the row in texts
+
+    def has(self, index: int, bucket: Bucket, key: Key) -> bool:
+        return (bucket, key) in self.rows
+
+    def fill(self, micros: Iterable[Micro]) -> int:
+        self.made: dict[Bucket, list[Batch]] = {bucket: [table] for bucket, table in self.tables.items()}
+        count = super().fill(micros)
+        for bucket, batches in self.made.items():
+            self.tables[bucket] = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+        del self.made
+        return count
+
+    def keep_texts(self, micros: list[Micro]) -> None:
+        """All of them anew in each phase: T5 may have learnt in the last one."""
+        known = list(self.text_rows)
+        groups = [known[i : i + TEXTS] for i in range(0, len(known), TEXTS)]
+        self.texts = torch.cat([self.encode_texts(group).to(self.device) for group in groups])
+
+    def keep_clips(self, group: Micro, batch: Batch, captions: list[str]) -> None:
+        text_rows = self.captions.setdefault(group.bucket, [])
+        for key, caption in zip(group.keys, captions):
+            self.rows[group.bucket, key] = len(text_rows)
+            text_rows.append(self.text_rows.setdefault(caption, len(self.text_rows)))
+        here = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        self.made.setdefault(group.bucket, []).append(here)
+
+    def batches(self, micros: Iterable[Micro]) -> Iterator[Batch]:
+        """Texts come once for each caption of a micro-batch, with text_row b to repeat them."""
+        for micro in micros:
+            rows = [self.rows[micro.bucket, key] for key in micro.keys]
+            captions = self.captions[micro.bucket]
+            texts, text_row = torch.tensor([captions[row] for row in rows]).unique(return_inverse=True)
+            rows, text_row = torch.tensor([rows, text_row.tolist()]).to(self.device)
+            batch = {name: table[rows] for name, table in self.tables[micro.bucket].items()}
+            yield batch | {"text": self.texts[texts.to(self.device)], "text_row": text_row}
 
 
-class LatentCache:
-    def __init__(self, folder: Path, task, with_text: bool):
-        """task: train.Denoising, which encodes    with_text: T5 outputs as well; not while T5 learns"""
-        self.folder, self.task, self.with_text = folder, task, with_text
-        config, dit = task.config, task.dit.config
-        self.draws = config.cached_draws
-        self.clip_key = _hash(VERSION, _weights(task, "vae"), task.dtype, task.kind, config.fps)
-        self.condition_key = _hash(
-            inpaint.MASK_KINDS, data.TEXT_ONLY, config.text_only, dit.add_noise_in_inpaint_model
+class DiskCache(Cache):
+    """Kept in a folder, for any number of runs."""
+
+    def __init__(self, *encoding, folder: Path, settings: tuple, text_settings: tuple, digests: list[str]):
+        """settings, text_settings: all that decides what encoding gives, such as `files_digest` of weights
+        digests: of the records' contents, see `content_digests`
+        """
+        super().__init__(*encoding)
+        self.folder, self.digests = folder, digests
+        self.settings, self.text_settings = settings, text_settings
+
+    def path(self, *decided_by) -> Path:
+        name = hashlib.sha256(repr((VERSION, *decided_by)).encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"  # a million files in one folder are slow
+
+    def clip_path(self, index: int, bucket: Bucket, key: Key) -> Path:
+        return self.path(self.settings, self.digests[index], tuple(bucket), key)
+
+    def text_path(self, caption: str) -> Path:
+        return self.path(self.text_settings, caption)
+
+    def has(self, index: int, bucket: Bucket, key: Key) -> bool:
+        return is_whole(self.clip_path(index, bucket, key))
+
+    def keep_clips(self, group: Micro, batch: Batch, captions: list[str]) -> None:
+        for i, (index, key) in enumerate(zip(group.indices, group.keys)):
+            entry = {name: tensor[i].contiguous().cpu() for name, tensor in batch.items()}
+            own = draw_caption(self.loader.records[index], group.bucket, key)
+            note = {} if captions[i] == own else {"caption": captions[i]}
+            save_tensors(entry, self.clip_path(index, group.bucket, key), note)
+
+    def caption(self, index: int, bucket: Bucket, key: Key) -> str:
+        """The record's, as it is now; or of another, where that took its place."""
+        with open_safetensors(self.clip_path(index, bucket, key)) as file:
+            note = file.metadata() or {}
+        return note.get("caption", draw_caption(self.loader.records[index], bucket, key))
+
+    def keep_texts(self, micros: list[Micro]) -> None:
+        captions = dict.fromkeys(
+            self.caption(index, micro.bucket, key)
+            for micro in micros
+            for index, key in zip(micro.indices, micro.keys)
         )
-        text_weights = [_weights(task, name) for name in ("text_encoder", "tokenizer") if with_text]
-        self.text_key = _hash(VERSION, text_weights, task.dtype, dit.max_text_seq_length)
-        self.warned = False
+        lacking = [caption for caption in captions if not is_whole(self.text_path(caption))]
+        for i in range(0, len(lacking), TEXTS):
+            group = lacking[i : i + TEXTS]
+            for caption, text in zip(group, self.encode_texts(group)):
+                save_tensors({"text": text.contiguous().cpu()}, self.text_path(caption), {})
 
-    def read(self, record: Record, bucket: Bucket, seed: int, epoch: int, index: int) -> Found:
-        """Takes the place of `data.load_sample`."""
+    def batches(self, micros: Iterable[Micro], ahead: int = 4) -> Iterator[Batch]:
+        """Read in threads, some micro-batches ahead of their use."""
+        waiting = []
+        with ThreadPoolExecutor(self.loader.num_workers) as pool:
+            for micro in micros:
+                waiting.append([pool.submit(self.read_entry, micro, i) for i in range(len(micro.keys))])
+                if len(waiting) > ahead:
+                    yield _stack([job.result() for job in waiting.pop(0)])
+            for jobs in waiting:
+                yield _stack([job.result() for job in jobs])
+
+    def read_entry(self, micro: Micro, i: int) -> Batch:
+        index, key = micro.indices[i], micro.keys[i]
+        caption = self.caption(index, micro.bucket, key)
+        return read_tensors(self.clip_path(index, micro.bucket, key)) | read_tensors(self.text_path(caption))
+
+
+def _stack(entries: list[Batch]) -> Batch:
+    return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+
+
+def read_tensors(path: Path) -> Batch:
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is such a file, of the length its header says; one that is damaged is made anew."""
+    try:
+        with open_safetensors(path):
+            return True
+    except (ValueError, OSError):
+        return False
+
+
+# ---------------------------------------------------------------- digests
+
+
+def content_digests(records: list[Record]) -> list[str]:
+    """A digest of what each record is read from; ValueError for one that does not say."""
+
+    def digest(record: Record) -> str:
         if not record.content:
             raise ValueError(f"{record.name} cannot be cached: its Record does not say what its content is")
-        content = [_file_hash(part) if isinstance(part, Path) else part for part in record.content]
-        draw = (seed, epoch % self.draws, int(_hash(content)[:15], 16))  # wherever it stands in the list
-        start = data.draw_start(record, bucket, seed, 0, draw[2])
-        clip = _hash(self.clip_key, content, *bucket, start)
-        keys = {"clip": clip}
-        if self.task.kind == "inpaint":
-            keys["condition"] = _hash(clip, self.condition_key, *draw)
-        caption = "" if data.drops_caption(*draw) else record.caption(bucket.num_frames)
-        if self.with_text:
-            keys["text"] = _hash(self.text_key, caption)
-        entries = {kind: (key, self.load(key)) for kind, key in keys.items()}
-        pixels_needed = any(entries[kind][1] is None for kind in keys.keys() - {"text"})
-        sample = data.load_sample(record, bucket, *draw, start) if pixels_needed else None
-        return Found(sample, caption, draw, entries)
+        parts = [file_digest(part) if isinstance(part, Path) else part for part in record.content]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def join(self, found: list[Found]) -> Moments:
-        """Takes the place of `data.collate`."""
-        tensors = [self.complete(one) for one in found]
-        batch = {name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}
-        return Moments(batch, batch.pop("text") if self.with_text else [one.caption for one in found])
-
-    def complete(self, found: Found) -> dict[str, Tensor]:
-        """All tensors of one sample; those of lacking entries are made and kept."""
-        make = {
-            "clip": lambda: self.task.clip_moments(data.collate([found.sample])),
-            "condition": lambda: self.task.condition_moments(data.collate([found.sample]), [found.draw]),
-            "text": lambda: {"text": self.task.text([found.caption])},
-        }
-        tensors = {}
-        for kind, (key, entry) in found.entries.items():
-            entry = entry or self.load(key)  # made for another sample since then?
-            if entry is None:
-                entry = {name: batch[0].contiguous().cpu() for name, batch in make[kind]().items()}
-                self.keep(key, entry)
-            tensors |= entry
-        return tensors
-
-    def path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"  # a million files in one folder are slow
-
-    def load(self, key: str) -> dict[str, Tensor] | None:
-        try:
-            with open_safetensors(self.path(key)) as file:
-                entry = {name: file.get_tensor(name) for name in file.keys()}
-                if (file.metadata() or {}).get("checksum") == _checksum(entry):
-                    return entry
-        except FileNotFoundError:
-            return None
-        except (ValueError, OSError):
-            pass
-        print(f"{self.path(key)} is damaged; it is made anew", flush=True)
-        with contextlib.suppress(OSError):  # where nothing can be changed; `keep` says so
-            self.path(key).unlink(missing_ok=True)
-        return None
-
-    def keep(self, key: str, entry: dict[str, Tensor]) -> None:
-        try:
-            save_tensors(entry, self.path(key), {"checksum": _checksum(entry)})
-        except OSError as error:
-            if not self.warned:
-                print(f"--cache-latents: {error}; going on without what does not fit", flush=True)
-            self.warned = True
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(digest, records))
 
 
-def _hash(*parts) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _checksum(entry: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(entry.items()):
-        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _weights(task, name: str) -> list[str]:
-    folder = component_dir(task.model_dir, name, "")
-    return [_file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()]
-
-
-def _file_hash(path: Path) -> str:
-    """Of its content, which is read again only if it may have changed since."""
-    stat = path.stat()
-    return _content_hash(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-
-
-@functools.cache
-def _content_hash(path: Path, *_) -> str:
+def file_digest(path: Path) -> str:
+    """Of the content; of the name alone where there is no such file, which reading will then complain of."""
+    if not path.is_file():
+        return str(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_digest(folder: Path) -> list[str]:
+    """Of a component's weights and config."""
+    return [file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()]

@@ -142,8 +142,17 @@ def component_dir(model_dir: str | Path, name: str, marker: str = "config.json")
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor: {key: path}, from the shards' index or from the single file itself."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    """Which file holds which tensor: {key: path}, from the shards' index or from the single file itself.
+
+    A variant, as in model.fp16.safetensors or model.safetensors.index.fp16.json, is taken if all else lacks.
+    """
+    visible = [path for path in sorted(folder.glob("*.safetensors*")) if not path.name.startswith(".")]
+    files = [path for path in visible if path.suffix == ".safetensors"]
+    indices = [path for path in visible if path.suffix == ".json"]
+    plain_files = [path for path in files if "." not in path.stem]
+    plain_indices = [path for path in indices if path.name.endswith(".safetensors.index.json")]
+    files = plain_files or files
+    indices = plain_indices or ([] if plain_files else indices)
     if indices:
         weight_map = read_json(indices[0]).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -156,7 +165,6 @@ def weight_files(folder: Path) -> dict[str, Path]:
         if missing:
             raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its index names; download it again")
         return {key: folder / name for key, name in weight_map.items()}
-    files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if not files and pickles:

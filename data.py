@@ -1,15 +1,19 @@
 """Everything that turns a list of pictures and clips into training batches.
 
-    metadata ─read_metadata─► entries ─open_records─► records ─epoch_batches─► batches ─Loader─► Sample
+    metadata ─read_metadata─► entries ─open_records─► records ─Epochs─► micro-batches ─Loader─► samples
 
 Errors a user can cause are one sentence with the path in it: OSError where the file system refuses, and
 ValueError where the contents are at fault. Dimension key: b batch, f frames, h height, w width, c channels.
 """
 
 import collections
+import csv
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,19 +25,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inpaint import random_mask
+from inpaint import MASK_KINDS, random_mask
 from media import (
     CLIP_ENDINGS,
     MILLISECOND,
     PICTURE_ENDINGS,
-    _must_exist,
     fit,
+    is_clip,
+    must_exist,
     probe_video,
     read_image,
     read_video,
     to_pixels,
 )
-from runtime import chance, generator, integer
+from runtime import chance, generator, integer, say
 from sizes import Bucket, frames_for, nearest_shape
 
 # ---------------------------------------------------------------- samples: what is known before decoding
@@ -55,6 +60,7 @@ class Record:
     read: Reader
     read_control: Reader | None = None
     content: tuple[Path | str, ...] = ()  # files and words that decide what is read, see cache.py
+    scene: object = None  # of a drawn clip: many are drawn at once where they are needed, by shapes.draw
 
 
 class Entry(NamedTuple):
@@ -67,95 +73,164 @@ class Entry(NamedTuple):
 
 
 def read_metadata(path: str | Path) -> list[Entry]:
-    """The samples listed in a .json (a list) or .jsonl file, or found in a folder with a .txt beside each.
+    """The samples listed in a .json (a list), .jsonl or .csv file, or found in a folder with a .txt each.
 
     An item is {"file_path", "text", "type": "video" | "image"}, as in the reference, and for control models
-    "control_file_path"; paths are absolute or relative to the file; other fields are ignored.
+    "control_file_path"; paths are absolute or relative to the file; without a type the content tells; other
+    fields are ignored. Prints what one should know beside.
     raises OSError if there is no such file, ValueError with one line for each mistake in it
     """
-    entries, mistakes = _scan_metadata(Path(path))
+    entries, mistakes, remarks = scan_metadata(Path(path))
     if mistakes:
         lines = mistakes[:100] + [f"and {len(mistakes) - 100} more"] * (len(mistakes) > 100)
         raise ValueError("\n  ".join([f"{path} cannot be used; mistakes: {len(mistakes)}", *lines]))
+    for remark in remarks:
+        say(f"note: {path}: {remark}")
     return entries
 
 
-def _scan_metadata(path: Path) -> tuple[list[Entry], list[str]]:
-    """(the samples that can be used, a line for each mistake)"""
-    mistakes: list[str] = []
+def scan_metadata(path: Path) -> tuple[list[Entry], list[str], list[str]]:
+    """(the samples that can be used, a line for each mistake, a line for what else one should know)"""
     entries: dict[Entry, str] = {}
-    for where, item in _folder_items(path) if path.is_dir() else _file_items(path):
-        problems, entry = ([item], None) if isinstance(item, str) else _to_entry(path, item)
+    lines: dict[str, list[str]] = {"mistake": [], "remark": []}
+    for kind, where, item in _folder_items(path) if path.is_dir() else _file_items(path):
+        if kind != "sample":
+            lines[kind].append(f"{where}: {item}")
+            continue
+        problems, entry = _to_entry(path, item)
+        lines["mistake"] += [f"{where}: {problem}" for problem in problems]
         if entry in entries:
-            problems = [f"says the same as {entries[entry]}; remove one"]
-        mistakes += [f"{where}: {problem}" for problem in problems]
-        if not problems:
+            lines["remark"].append(f"{where}: says the same as {entries[entry]}; it is taken once")
+        elif entry is not None:
             entries[entry] = where
-    if not entries and not mistakes:
-        mistakes = ["it lists no samples"]
-    return list(entries), mistakes
+    if not entries and not lines["mistake"]:
+        lines["mistake"].append("it lists no samples")
+    return list(entries), lines["mistake"], lines["remark"]
 
 
-def _file_items(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, parsed item, or a mistake as str) for each item of a JSON list or line of a JSONL file."""
-    _must_exist(path)
-    is_lines = path.suffix.lower() == ".jsonl"
-    content = path.read_bytes()
-    pieces = content.splitlines() if is_lines else [content]
+Item = tuple[
+    str, str, object
+]  # "sample", where it stands, its fields; or "mistake" or "remark", where, a text
+
+
+def _file_items(path: Path) -> Iterator[Item]:
+    must_exist(path)
+    ending = path.suffix.lower()
+    if ending == ".csv":
+        yield from _csv_items(path)
+        return
+    pieces = path.read_bytes().splitlines() if ending == ".jsonl" else [path.read_bytes()]
     for number, piece in enumerate(pieces, 1):
-        where = f"line {number}" if is_lines else "the file"
-        if is_lines and not piece.strip():
+        where = f"line {number}" if ending == ".jsonl" else "the file"
+        if ending == ".jsonl" and not piece.strip():
             continue
         try:
             parsed = json.loads(piece.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            yield where, f"not JSON in UTF-8 ({error}); one object a line is .jsonl"
+            yield "mistake", where, f"not JSON in UTF-8 ({error}); one object a line is .jsonl"
             continue
-        if is_lines:
-            yield where, parsed if isinstance(parsed, dict) else "should be an object {…}"
-        elif not isinstance(parsed, list):
-            yield where, "should be a list […] of objects {…}"
+        if ending == ".jsonl":
+            items = [(where, parsed)]
+        elif isinstance(parsed, list):
+            items = [(f"item {number}", item) for number, item in enumerate(parsed, 1)]
         else:
-            for number, item in enumerate(parsed, 1):
-                yield f"item {number}", item if isinstance(item, dict) else "should be an object {…}"
+            yield "mistake", where, "should be a list […] of objects {…}"
+            continue
+        for where, item in items:
+            is_object = isinstance(item, dict)
+            yield ("sample", where, item) if is_object else ("mistake", where, "should be an object {…}")
 
 
-def _folder_items(folder: Path) -> Iterator[tuple[str, object]]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICTURE_ENDINGS | CLIP_ENDINGS and not path.name.startswith("."):
-            kind = "image" if path.suffix.lower() in PICTURE_ENDINGS else "video"
+def _csv_items(path: Path) -> Iterator[Item]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                where = f"line {reader.line_num}"
+                if None in row:
+                    yield (
+                        "mistake",
+                        where,
+                        "has more fields than the header; put a text with commas in quotes",
+                    )
+                else:
+                    yield "sample", where, {name: value for name, value in row.items() if value is not None}
+        except (csv.Error, ValueError) as error:
+            yield "mistake", f"line {reader.line_num + 1}", f"not CSV in UTF-8 ({error})"
+
+
+def _folder_items(folder: Path) -> Iterator[Item]:
+    """Every file is accounted for: a sample, its caption, a mistake, or counted among what is left out."""
+    captions, media, others = {}, {}, {}
+    for path in _visible_files(folder):
+        ending = path.suffix.lower()
+        kind = captions if ending == ".txt" else media if ending in PICTURE_ENDINGS | CLIP_ENDINGS else others
+        kind.setdefault(path.with_suffix(""), []).append(path)
+    for stem, paths in media.items():
+        caption = captions.get(stem, [stem.with_suffix(".txt")])[0]
+        for path in paths:
+            where = str(path.relative_to(folder))
             try:
-                caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
-                item = {"file_path": str(path.relative_to(folder)), "text": caption, "type": kind}
+                text = caption.read_text(encoding="utf-8-sig").strip()
+                yield "sample", where, {"file_path": where, "text": text}
+            except FileNotFoundError:
+                yield "mistake", where, f"its caption {caption.name} is missing"
             except (OSError, ValueError) as error:
-                reason = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
-                item = f"its caption {path.with_suffix('.txt').name} is {reason}"
-            yield str(path.relative_to(folder)), item
+                yield "mistake", where, f"its caption {caption.name} is unreadable ({error})"
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
+            yield "remark", str(caption.relative_to(folder)), f"is the caption of {names}"
+    for stem in captions.keys() - media.keys():
+        where = str(captions[stem][0].relative_to(folder))
+        names = " and ".join(path.name for path in others.pop(stem, []))
+        what = f"{names}, which is not read; convert it" if names else "no picture or clip; remove it"
+        yield "mistake", where, f"is the caption of {what}"
+    endings = collections.Counter(path.suffix for paths in others.values() for path in paths)
+    if endings:
+        counts = ", ".join(
+            f"{count} {ending or 'without ending'}" for ending, count in sorted(endings.items())
+        )
+        yield "remark", "files", f"left out, as they are neither pictures nor clips: {counts}"
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Links are followed; what systems and editors leave in hidden folders and files is none of ours."""
+    found, seen = [], set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(name) in seen:  # links in a circle
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(name))
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX", "@eaDir"))]
+        found += [Path(name, file) for file in files if not file.startswith(".")]
+    return sorted(found)
 
 
 def _to_entry(metadata: Path, item: dict) -> tuple[list[str], Entry | None]:
     """(what is wrong with an item, the entry it stands for)"""
     problems = []
+    item = {name: value for name, value in item.items() if value != "" or name in ("file_path", "text")}
     for field in ("file_path", "text", "type", "control_file_path"):
-        if field not in item and field != "control_file_path":
+        if field not in item and field in ("file_path", "text"):
             problems.append(f"{field} is missing")
         elif not isinstance(item.get(field, ""), str):
             problems.append(f"{field} = {json.dumps(item[field])[:80]} should be a string")
-    if isinstance(item.get("type"), str) and item["type"] not in ("video", "image"):
-        problems.append(f'type = "{item["type"]}" should be "video" or "image"')
-    wrong_endings = {"video": PICTURE_ENDINGS, "image": CLIP_ENDINGS}.get(str(item.get("type")), set())
+    kind = item.get("type")
+    if isinstance(kind, str) and kind not in ("video", "image"):
+        problems.append(f'type = "{kind}" should be "video" or "image"')
     paths = {}
     for field in ("file_path", "control_file_path"):
         if isinstance(item.get(field), str):
             paths[field] = path = (metadata if metadata.is_dir() else metadata.parent) / item[field]
             if not path.is_file():
                 problems.append(f"{field}: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
-            elif path.suffix.lower() in wrong_endings:
-                problems.append(f'{field}: {path} is no {item["type"]}, as type = "{item["type"]}" says')
+            elif kind is None:
+                kind = "video" if is_clip(path) else "image"
+            elif kind in ("video", "image") and is_clip(path) != (kind == "video"):
+                problems.append(f"{field}: {path} is no {kind}, as its type says")
     if problems:
         return problems, None
-    is_image = item["type"] == "image"
-    return [], Entry(paths["file_path"], item["text"], is_image, paths.get("control_file_path"))
+    return [], Entry(paths["file_path"], item["text"], kind == "image", paths.get("control_file_path"))
 
 
 def open_record(entry: Entry, fps: float) -> Record:
@@ -171,7 +246,7 @@ def open_record(entry: Entry, fps: float) -> Record:
             return 1, *read_image(path).shape[:2]
         clip = probe_video(
             path
-        )  # frames up to the instant of its last: how long that lasts is not always said
+        )  # up to the instant of its last frame: how long that lasts is not always said
         return int((clip.seconds - 1 / clip.fps + MILLISECOND) * fps) + 1, clip.height, clip.width
 
     num_frames, *size = look(entry.path)
@@ -204,12 +279,42 @@ def open_records(entries: list[Entry], fps: float = 8) -> tuple[list[Record], di
     return records, dict(sorted(failures.items()))
 
 
-# ---------------------------------------------------------------- buckets: which samples share a batch
+def digest(records: list[Record]) -> str:
+    """What a list of samples is, wherever its files lie and however the way to them is spelled.
+
+    By names, sizes and captions, in order: a run that goes on with other samples would train on what it had
+    held out.
+    """
+    hashed = hashlib.sha256()
+    for record in records:
+        parts = [
+            (part.name, part.stat().st_size) if isinstance(part, Path) else part for part in record.content
+        ]
+        hashed.update(repr((parts, record.caption(record.num_frames))).encode(errors="surrogatepass"))
+    return hashed.hexdigest()
 
 
-class Batch(NamedTuple):
-    bucket: Bucket
-    indices: list[int]  # into the records
+def caption_report(captions: list[str], tokenizer, max_length: int) -> list[str]:
+    """A line each on captions that are cut to so many tokens, and on words that the model does not know."""
+    lengths = [len(tokenizer.encode(caption)) + 1 for caption in captions]  # 1 for </s>
+    num_cut = sum(length > max_length for length in lengths)
+    unknown = collections.Counter(word for caption in captions for word in tokenizer.unknown_words(caption))
+    lines = []
+    if num_cut:
+        what = f"captions cut to {max_length} tokens: {num_cut} of {len(captions)}"
+        lines.append(f"{what}, the longest has {max(lengths)}")
+    if unknown:
+        words = ", ".join(f"{word} ({count}x)" for word, count in unknown.most_common(10))
+        lines.append(f"words in captions that the model does not know: {len(unknown)}, such as {words}")
+    return lines
+
+
+# ---------------------------------------------------------------- micro-batches: which samples train together
+
+CAPTION_DROP = 0.1  # unconditional samples, for guidance
+TEXT_ONLY = 0.9  # of the samples with everything masked have a zero condition
+
+Key = tuple[int, int, int]  # (seed, draw, sample): what all about a sample is a function of, see `Epochs`
 
 
 @dataclass(frozen=True)
@@ -221,6 +326,8 @@ class Plan:
     batch_tokens: int  # of a micro-batch: it holds max(1, batch_tokens // tokens of its bucket) samples
     max_frames: int = 49
     frames_per_token: int = 1
+    masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(MASK_KINDS))
+    text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
 
 
 def sizes_for(record: Record, plan: Plan) -> list[int]:
@@ -232,9 +339,8 @@ def bucket_at(record: Record, plan: Plan, size: int) -> Bucket:
     """The nearest aspect at a base size, and the frames that fill the token budget, no more than the clip."""
     height, width = nearest_shape(size, *record.size)
     max_frames = min(plan.max_frames, record.num_frames)
-    return Bucket(
-        frames_for(plan.max_tokens, height, width, max_frames, plan.frames_per_token), height, width
-    )
+    num_frames = frames_for(plan.max_tokens, height, width, max_frames, plan.frames_per_token)
+    return Bucket(num_frames, height, width)
 
 
 def choose_bucket(record: Record, plan: Plan, draws: torch.Generator) -> Bucket:
@@ -243,93 +349,186 @@ def choose_bucket(record: Record, plan: Plan, draws: torch.Generator) -> Bucket:
     return bucket_at(record, plan, sizes[integer(draws, 0, len(sizes) - 1)])
 
 
-def epoch_batches(records: list[Record], plan: Plan, seed: int, epoch: int) -> list[Batch]:
-    """One epoch: every record once, in random order, in batches of one shape that follow their first samples.
+@dataclass
+class Micro:
+    """A micro-batch: samples of one shape, that go through the network together."""
 
-    Cheap shapes come in larger batches; the last batch of a bucket may be smaller.
+    bucket: Bucket
+    indices: list[int]  # of its samples, in the records
+    keys: list[Key]  # of the same
+    epoch: int
+    number: int  # in the epoch's list; with the epoch it decides the noise
+    timesteps: Tensor | None = None  # one for each noise, see train.stratified_timesteps
+
+
+class Epochs:
+    """Epoch after epoch of micro-batches: every record once an epoch, in random order.
+
+    All about a sample (bucket, start, mask, dropped mask and caption, noise on known pixels) is a function of
+    its key (seed, draw, sample). The draw is the epoch; or with num_draws > 0, where samples are kept once
+    they are encoded, the epoch modulo num_draws, so that only so many are ever asked for. The sample is its
+    place in the list; or its number in `names`, which may follow from its content, wherever it stands.
+    Cheap shapes come in larger micro-batches. The last one of a bucket is smaller; or, with only_full, what
+    is left over waits for another epoch, so that each bucket has one size, and a compiler one shape.
     """
 
-    def lot(index: int, purpose: str) -> float:
-        return torch.rand((), generator=generator(seed, epoch, index, purpose), dtype=torch.float64).item()
+    def __init__(
+        self,
+        records: list[Record],
+        plan: Plan,
+        seed: int,
+        num_draws: int = 0,
+        only_full: bool = False,
+        names: list[int] | None = None,
+    ):
+        self.records, self.plan, self.seed = records, plan, seed
+        self.num_draws, self.only_full = num_draws, only_full
+        self.names = names or list(range(len(records)))
+        self.buckets: dict[int, list[Bucket]] = {}  # by draw
 
-    members: dict[Bucket, list[int]] = {}
-    for index in sorted(range(len(records)), key=lambda index: lot(index, "order")):
-        bucket = choose_bucket(records[index], plan, generator(seed, epoch, index, "resolution"))
-        members.setdefault(bucket, []).append(index)
-    batches = []
-    for bucket, indices in members.items():
-        size = max(1, plan.batch_tokens // bucket.tokens)
-        batches += [Batch(bucket, indices[i : i + size]) for i in range(0, len(indices), size)]
-    return sorted(batches, key=lambda batch: lot(batch.indices[0], "order"))
+    def micros(self, epoch: int) -> list[Micro]:
+        """The micro-batches of one epoch."""
+        draw = epoch % self.num_draws if self.num_draws else epoch
+        return self._micros(epoch, draw, self.only_full)
+
+    def _micros(self, epoch: int, draw: int, only_full: bool) -> list[Micro]:
+        order = generator(self.seed, epoch, "order")
+        members: dict[Bucket, list[int]] = {}
+        buckets = self._buckets(draw)
+        for index in torch.randperm(len(self.records), generator=order).tolist():
+            members.setdefault(buckets[index], []).append(index)
+        groups = []
+        for bucket, indices in members.items():
+            size = max(1, self.plan.batch_tokens // bucket.tokens)
+            end = len(indices)
+            if only_full and end > size:
+                end = end // size * size
+            groups += [(bucket, indices[i : i + size]) for i in range(0, end, size)]
+        micros = []
+        for number, place in enumerate(torch.randperm(len(groups), generator=order).tolist()):
+            bucket, indices = groups[place]
+            keys = [(self.seed, draw, self.names[index]) for index in indices]
+            micros.append(Micro(bucket, indices, keys, epoch, number))
+        return micros
+
+    def _buckets(self, draw: int) -> list[Bucket]:
+        """Of each record, under a draw."""
+        if draw not in self.buckets:
+            if not self.num_draws:
+                self.buckets.clear()  # the last epoch's will not come again
+            draws = (generator(self.seed, draw, name, "resolution") for name in self.names)
+            self.buckets[draw] = [choose_bucket(r, self.plan, d) for r, d in zip(self.records, draws)]
+        return self.buckets[draw]
+
+    def asked(self, epoch: int, number: int, size: int, num_steps: int) -> Iterator[Micro]:
+        """What `num_steps` of `steps` ask for; where that passes all there is, everything once."""
+        if size * num_steps < sum(len(self.micros(draw)) for draw in range(self.num_draws)):
+            for micros in itertools.islice(self.steps(epoch, number, size), num_steps):
+                yield from micros
+        else:
+            for draw in range(self.num_draws):
+                yield from self._micros(draw, draw, only_full=False)
+
+    def steps(self, epoch: int, number: int, size: int) -> Iterator[list[Micro]]:
+        """Lists of `size` micro-batches, one for each step, through all epochs from a place on."""
+        todo = self.micros(epoch)[number:]
+        while True:
+            while len(todo) < size:
+                epoch += 1
+                todo += self.micros(epoch)
+            yield todo[:size]
+            todo = todo[size:]
 
 
-def bucket_table(batches: list[Batch]) -> str:
+def bucket_table(micros: list[Micro]) -> str:
     """The shapes of an epoch with their counts, for printing before training."""
     counts: dict[Bucket, list[int]] = {}
-    for batch in batches:
-        counts.setdefault(batch.bucket, []).append(len(batch.indices))
+    for micro in micros:
+        counts.setdefault(micro.bucket, []).append(len(micro.keys))
     lines = ["frames  height x width   tokens  samples  batches  samples a batch"]
     for bucket, sizes in sorted(counts.items()):
-        lines.append(
-            f"{bucket.num_frames:6d}  {bucket.height:6d} x {bucket.width:<5d}  {bucket.tokens:7d}"
-            f"  {sum(sizes):7d}  {len(sizes):7d}  {max(sizes):15d}"
-        )
+        shape = f"{bucket.num_frames:6d}  {bucket.height:6d} x {bucket.width:<5d}  {bucket.tokens:7d}"
+        lines.append(f"{shape}  {sum(sizes):7d}  {len(sizes):7d}  {max(sizes):15d}")
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- loading
 
-CAPTION_DROP = 0.1  # unconditional samples, for guidance
-TEXT_ONLY = 0.9  # of the samples with everything masked have a zero condition
-
 
 class Sample(NamedTuple):
-    """One sample, or a batch of them with a leading b."""
+    """One sample, read and drawn; only the noise of its micro-batch is still to come."""
 
-    pixels: Tensor  # 3 f h w, float in [−1, 1]
+    key: Key
+    frames: Tensor | None  # uint8 f h w 3; None where it is to be drawn
     caption: str  # "" where dropped
-    mask: Tensor  # f h w, bool, True = generate
+    mask: Tensor  # bool f h w, True = generate
     zero_if_all_masked: bool  # see inpaint.inpaint_condition
-    control: Tensor | None  # 3 f h w
+    control: Tensor | None  # uint8 f h w 3
+    drawing: tuple[object, int, int] | None = None  # scene, first frame, frames of the whole clip
 
 
-def draw_start(record: Record, bucket: Bucket, seed: int, epoch: int, index: int) -> int:
+def draw_start(record: Record, bucket: Bucket, key: Key) -> int:
     """The frame of a record, counted at the rate we train at, with which a sample begins."""
-    return integer(generator(seed, epoch, index, "start"), 0, record.num_frames - bucket.num_frames)
+    return integer(generator(*key, "start"), 0, record.num_frames - bucket.num_frames)
 
 
-def drops_caption(seed: int, epoch: int, index: int) -> bool:
-    return chance(generator(seed, epoch, index, "caption"), CAPTION_DROP)
+def draw_caption(record: Record, bucket: Bucket, key: Key) -> str:
+    """The record's, or "" for a share of the samples."""
+    return "" if chance(generator(*key, "caption"), CAPTION_DROP) else record.caption(bucket.num_frames)
 
 
-def load_sample(
-    record: Record, bucket: Bucket, seed: int, epoch: int, index: int, start: int | None = None
-) -> Sample:
-    """Decode and draw everything about one sample but noise and timestep, which the training step draws.
+def load_sample(record: Record, bucket: Bucket, key: Key, plan: Plan) -> Sample:
+    """Decode and draw everything about one sample.
 
-    start: its first frame, in place of the draw
     raises ValueError or OSError if the file is damaged or shorter than its header says
     """
     num_frames, height, width = bucket
-    start = draw_start(record, bucket, seed, epoch, index) if start is None else start
+    start = draw_start(record, bucket, key)
 
     def take(read: Reader) -> Tensor:
         frames = read(start, num_frames, (height, width))
         if len(frames) < num_frames:
             raise ValueError(f"{record.name} ends {num_frames - len(frames)} frames before its header says")
-        return to_pixels(fit(frames, height, width))
+        return torch.from_numpy(np.array(fit(frames, height, width)))
 
+    mask = random_mask(generator(*key, "mask"), num_frames, height, width, plan.masks)
+    zero_if_all_masked = chance(generator(*key, "text only"), TEXT_ONLY)
+    if chance(generator(*key, "mask dropped"), plan.text_only):
+        mask = torch.ones(1, 1, 1, dtype=torch.bool).expand(num_frames, height, width)
+        zero_if_all_masked = True
+    drawing = (record.scene, start, record.num_frames) if record.scene else None
     return Sample(
-        pixels=take(record.read),
-        caption="" if drops_caption(seed, epoch, index) else record.caption(num_frames),
-        mask=random_mask(generator(seed, epoch, index, "mask"), num_frames, height, width),
-        zero_if_all_masked=chance(generator(seed, epoch, index, "text only"), TEXT_ONLY),
+        key=key,
+        frames=None if drawing else take(record.read),
+        caption=draw_caption(record, bucket, key),
+        mask=mask,
+        zero_if_all_masked=zero_if_all_masked,
         control=take(record.read_control) if record.read_control else None,
+        drawing=drawing,
     )
 
 
+def pixels_of(samples: list[Sample], device: torch.device) -> Tensor:
+    """The clips of samples of one shape, b 3 f h w in [−1, 1], on a device."""
+    drawings = [one.drawing for one in samples]
+    if None in drawings:
+        return to_pixels(torch.stack([one.frames for one in samples]).to(device))
+    from shapes import draw  # here, so that shapes.py can be deleted
+
+    by_length: dict[int, list[int]] = {}
+    for i, (_, _, length) in enumerate(drawings):
+        by_length.setdefault(length, []).append(i)
+    shape = tuple(samples[0].mask.shape)  # f h w
+    frames = torch.empty(len(samples), *shape, 3, dtype=torch.uint8, device=device)
+    for length, places in by_length.items():
+        scenes = [drawings[i][0] for i in places]
+        starts = [drawings[i][1] for i in places]
+        frames[places] = draw(scenes, *shape, starts, length, device)
+    return to_pixels(frames)
+
+
 class Loader:
-    """Loads batches in order and ahead of their use, in threads, and finds replacements for files that fail.
+    """Loads micro-batches in order and ahead of their use, in threads, and finds replacements for bad files.
 
     A failing file is named once, counted, and replaced by the next record in the list that has the frames its
     place needs. More than `max_failures` of all files, if more than one, stop the run with the list.
@@ -338,16 +537,12 @@ class Loader:
     def __init__(
         self,
         records: list[Record],
-        seed: int,
         failures: dict[str, str] = {},  # files already found broken by open_records
         num_workers: int = 4,
         max_failures: float = 0.05,
         say: Callable[[str], None] = print,
-        read: Callable = load_sample,  # in threads
-        join: Callable | None = None,  # the samples of a batch; default `collate`
     ):
-        self.records, self.seed, self.num_workers, self.say = records, seed, num_workers, say
-        self.read, self.join = read, join or collate
+        self.records, self.num_workers, self.say = records, num_workers, say
         self.num_files = len(records) + len(failures)
         self.max_failures = max(1, int(max_failures * self.num_files))
         self.failures: dict[str, str] = {}
@@ -365,41 +560,27 @@ class Loader:
                 count = f"{len(self.failures)} of {self.num_files}"
                 raise ValueError(f"{count} files are broken; repair or remove them:\n  {listed}")
 
-    def load(self, bucket: Bucket, epoch: int, index: int) -> Sample:
+    def load(self, bucket: Bucket, index: int, key: Key, read: Callable):
         for step in range(len(self.records)):
             record = self.records[(index + step) % len(self.records)]
             try:  # whether it failed before or not: a resumed run would not know
                 if record.num_frames >= bucket.num_frames:
-                    return self.read(record, bucket, self.seed, epoch, index)
+                    return read(record, bucket, key)
             except (ValueError, OSError) as error:
                 self.note_failure(record.name, str(error))
         raise ValueError(f"no file that can be read has {bucket.num_frames} frames")
 
-    def batches(self, todo: Iterable[tuple[int, Batch]], ahead: int = 2) -> Iterator[tuple]:
-        """(epoch, batch, its samples collated) for each (epoch, batch) of `todo`; `ahead` more load."""
-        queue = collections.deque()
-        todo = iter(todo)
+    def each(self, micros: Iterable[Micro], read: Callable, ahead: int = 2) -> Iterator[list]:
+        """What `read(record, bucket, key)` gives for the samples of each micro-batch; `ahead` more load."""
+        waiting = collections.deque()
         with ThreadPoolExecutor(self.num_workers) as pool:
             try:
-                while True:
-                    for epoch, batch in itertools.islice(todo, ahead + 1 - len(queue)):
-                        jobs = [pool.submit(self.load, batch.bucket, epoch, index) for index in batch.indices]
-                        queue.append((epoch, batch, jobs))
-                    if not queue:
-                        return
-                    epoch, batch, jobs = queue.popleft()
-                    yield epoch, batch, self.join([job.result() for job in jobs])
+                for micro in micros:
+                    pairs = zip(micro.indices, micro.keys)
+                    waiting.append([pool.submit(self.load, micro.bucket, *pair, read) for pair in pairs])
+                    if len(waiting) > ahead:
+                        yield [job.result() for job in waiting.popleft()]
+                while waiting:
+                    yield [job.result() for job in waiting.popleft()]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-
-
-def collate(samples: list[Sample]) -> Sample:
-    """Samples of one shape as a batch: tensors with a leading b, captions as a list."""
-    pixels, captions, masks, zero, control = zip(*samples)
-    return Sample(
-        torch.stack(pixels),
-        list(captions),
-        torch.stack(masks),
-        torch.tensor(zero),
-        torch.stack(control) if all(part is not None for part in control) else None,
-    )

@@ -7,11 +7,13 @@
                        └─► merge_lora, save_pretrained ─► a checkpoint like any other
 
 Files carry the names diffusers takes (`load_lora_weights`, with peft), with alpha/rank folded into B. Beside
-them we read PEFT's, and those of the reference (CogVideoX-Fun cogvideox/utils/lora_utils.py), which trains
-every linear layer of the model:
+them we read those of PEFT, of ComfyUI, of older diffusers, and of the reference (CogVideoX-Fun
+cogvideox/utils/lora_utils.py), which trains every linear layer of the model:
 
     transformer.transformer_blocks.0.attn1.to_q.lora_A.weight   .lora_B.weight                diffusers
-    base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight   .lora_B.weight           PEFT
+    transformer.transformer_blocks.0.attn1.to_q.lora.down.weight   .lora.up.weight            older diffusers
+    base_model.model.transformer_blocks.0.attn1.to_q.lora_A.default.weight                    PEFT
+    diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight                             ComfyUI
     lora_unet__transformer_blocks_0_attn1_to_q.lora_down.weight   .lora_up.weight   .alpha    the reference
 """
 
@@ -26,13 +28,10 @@ from torch import Tensor, nn
 from checkpoint import open_safetensors, read_json, save_tensors
 
 TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
-PARTS = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-}
+PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.", "module.")
+FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_")  # before a name with _ for each dot
+ENDING = re.compile(r"\.(?:(alpha)|lora[._](A|B|down|up)(?:\.default)?\.weight)$")
+PARTS = {"A": "down", "down": "down", "B": "up", "up": "up", "alpha": "alpha"}
 
 # ---------------------------------------------------------------- training
 
@@ -119,7 +118,7 @@ def load_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:
 
 
 def read_lora(model: nn.Module, path: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """{layer of the model: (A, B, alpha/rank)} of a file in any of the three formats; the model may be meta.
+    """{layer of the model: (A, B, alpha/rank)} of a file in any of the formats above; the model may be meta.
 
     raises OSError if there is no file, ValueError if it holds no LoRA, or keys or shapes that do not fit
     """
@@ -127,41 +126,59 @@ def read_lora(model: nn.Module, path: str | Path) -> dict[str, tuple[Tensor, Ten
     with open_safetensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         config = _peft_config(path, file.metadata() or {})
-    layers = {
+    shapes = {
         name: module.weight.flatten(1).shape  # out, in (a convolution's: in · height · width)
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
     }
-    underscored = {name.replace(".", "_"): name for name in layers}
-
-    found, unknown, wrong, loras = {}, [], [], {}
-    for key, tensor in tensors.items():
-        suffix = next((suffix for suffix in PARTS if key.endswith(suffix)), "")
-        name = key.removesuffix(suffix).removeprefix("base_model.model.").removeprefix("transformer.")
-        if name.startswith("lora_unet_"):
-            name = underscored.get(name.removeprefix("lora_unet_").removeprefix("_"))
-        if suffix and name in layers and (tensor.is_floating_point() or suffix == ".alpha"):
-            found.setdefault(name, {})[PARTS[suffix]] = torch.atleast_2d(tensor).flatten(1)
-        else:
-            unknown.append(key)
+    found, unknown = _by_layer(tensors, shapes)
+    loras, wrong = {}, []
     for name, parts in found.items():
         down, up = (parts.get(part, torch.empty(0, 0)) for part in ("down", "up"))
-        rank, (num_out, num_in) = max(1, len(down)), layers[name]
+        rank, (num_out, num_in) = max(1, len(down)), shapes[name]
         alpha = parts["alpha"] if "alpha" in parts else torch.tensor([[_peft_alpha(config, name, rank)]])
         if (down.shape, up.shape, alpha.shape) == ((rank, num_in), (num_out, rank), (1, 1)):
             loras[name] = down, up, alpha.item() / (math.sqrt(rank) if config.get("use_rslora") else rank)
         else:
-            shapes = f"A {list(down.shape)}, B {list(up.shape)}"
-            wrong.append(f"{name} ({shapes} for a weight of {list(layers[name])})")
+            what = f"A {list(down.shape)}, B {list(up.shape)}"
+            wrong.append(f"{name} ({what} for a weight of {list(shapes[name])})")
     if unknown or wrong or not loras:
-        problems = [
-            f"{title}: {', '.join(sorted(names)[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
-            for title, names in (("unknown", unknown), ("mis-shaped or incomplete", wrong))
-            if names
-        ]
-        reason = "; ".join(problems) or "it is empty"
+        reasons = [_listed("unknown", unknown), _listed("mis-shaped or incomplete", wrong)]
+        reason = "; ".join(filter(None, reasons)) or "it is empty"
         raise ValueError(f"{path} is no LoRA for this transformer ({reason}); give one made for its model")
     return loras
+
+
+def _by_layer(tensors: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """({layer: {"down" | "up" | "alpha": a matrix}}, the keys that are not known and perhaps why)"""
+    from_flat = {name.replace(".", "_"): name for name in layers}
+    found, unknown = {}, []
+    for key, tensor in tensors.items():
+        ending = ENDING.search(key)
+        part = PARTS[ending[1] or ending[2]] if ending else None
+        name = _without_prefix(key[: ending.start()] if ending else key)
+        name = from_flat.get(name, name)
+        if part and name in layers and (tensor.is_floating_point() or part == "alpha"):
+            found.setdefault(name, {})[part] = torch.atleast_2d(tensor).flatten(1)
+            continue
+        layer = next((layer for layer in layers if part and name.endswith("." + layer)), None)
+        unknown.append(f"{key} (its prefix {name.removesuffix(layer)} is none we know)" if layer else key)
+    return found, unknown
+
+
+def _without_prefix(name: str) -> str:
+    """Wrapped twice, a model has two of them."""
+    for prefix in FLAT_PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    while name.startswith(PREFIXES):
+        name = name.removeprefix(next(prefix for prefix in PREFIXES if name.startswith(prefix)))
+    return name
+
+
+def _listed(title: str, names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{title}: {', '.join(sorted(names)[:3])}{more}" if names else ""
 
 
 def _peft_config(path: Path, metadata: dict[str, str]) -> dict:

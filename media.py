@@ -5,6 +5,9 @@
     mask picture/clip ─read_mask──► bool  f h w, True = generate here (white)
     float 3 f h w ─to_uint8─► uint8 f h w 3 ─write_video─► .mp4 .gif .png
 
+Everything comes as it is meant to be seen: upright, with square pixels, in sRGB, transparent parts on white.
+Content tells a picture from a clip. Pillow reads pictures and their animations, FFmpeg (by PyAV) the others.
+
 A clip is a function of time: reading it means choosing instants start + i/fps and taking the frame nearest to
 each, so a 30 fps clip read at 8 fps keeps its speed, and variable frame rates need no special case.
 
@@ -13,64 +16,103 @@ ValueError where the contents are at fault. Dimension key: f frames, h height, w
 """
 
 import contextlib
+import functools
+import io
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from runtime import atomic_write
 
-MAX_PIXELS, MAX_CLIP_PIXELS = 2**26, 2**31  # 8192x8192, and 64 of them: a small file may claim anything
-MILLISECOND = 1e-3  # what containers round timestamps to: instants closer than that are the same
 Picture = str | Path | Image.Image | np.ndarray | Tensor  # arrays are uint8
 Clip = str | Path | np.ndarray | Tensor
-PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-CLIP_ENDINGS = set(".mp4 .gif .mov .mkv .webm .avi .m4v .mpg .mpeg .ts .wmv .flv".split())
+PICTURE_ENDINGS = set(
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .avif .gif .bmp .tif .tiff .jp2 .j2k .ppm .pgm .pbm .qoi"
+    " .tga".split()
+)
+CLIP_ENDINGS = set(
+    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m1v .m2v .vob .ts .mts .m2ts .wmv .asf .flv .f4v .3gp .3g2"
+    " .ogv .mxf .dv .h264 .264 .hevc .h265 .ivf .y4m".split()
+)
+MAX_PIXELS, MAX_CLIP_PIXELS = 2**26, 2**31  # 8192x8192, and 32 of them: a small file may claim anything
+WHITE, BLACK = 255, 0
+notes: dict[str, str] = {}  # {file: what was changed in it that one may want to know}
+
+
+def _note(path: object, text: str) -> None:
+    """Said once on stderr, as stdout may be a report."""
+    if str(path) not in notes:
+        notes[str(path)] = text
+        sys.stderr.write(f"note: {path} {text}\n".encode(errors="backslashreplace").decode())
+
+
+def must_exist(path: str | Path) -> None:
+    if not Path(path).is_file():
+        problem = "is a folder" if Path(path).is_dir() else "does not exist as a file"
+        raise FileNotFoundError(f"{path or 'an empty name'} {problem}; give the path of a file")
+
 
 # ---------------------------------------------------------------- pictures
 
 
-def read_image(source: Picture) -> np.ndarray:
-    """A picture as uint8 h w 3, upright (EXIF orientation applied).
+def _open_picture(path: str | Path) -> Image.Image:
+    is_tga = Path(path).suffix.lower() == ".tga"  # which its content does not tell from, say, an .mpg
+    formats = ["TGA"] if is_tga else "PNG JPEG WEBP AVIF GIF BMP TIFF JPEG2000 PPM QOI".split()
+    picture = Image.open(path, formats=formats)
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{picture.width}x{picture.height} is too large")
+    return picture
+
+
+def _picture_kind(path: str | Path) -> str:
+    """What Pillow sees in the header of a file: a "still", an "animation", or "" if it is no picture."""
+    try:
+        with _open_picture(path) as picture:
+            moves = picture.format in ("PNG", "WEBP", "AVIF", "GIF") and getattr(picture, "n_frames", 1) > 1
+            return "animation" if moves else "still"
+    except Exception:  # Pillow's decoders raise nearly anything on damaged files
+        return ""
+
+
+def is_clip(path: str | Path) -> bool:
+    """By the content of a file; where that says nothing, by the ending."""
+    kind = _picture_kind(path)
+    return kind == "animation" or kind == "" and Path(path).suffix.lower() not in PICTURE_ENDINGS
+
+
+def read_image(source: Picture, background: int = WHITE) -> np.ndarray:
+    """A picture as it is meant to be seen, uint8 h w 3: EXIF orientation and colour profile applied.
 
     source: path, PIL picture, or uint8 array h w, h w 3 or h w 4. Grey and palette pictures become RGB, 16
-    bits become 8; transparency is dropped (the colour beneath it shows), as the reference does.
-    raises OSError if the file is missing, ValueError if it is damaged or a clip
+    bits become 8. Transparency lets the background through; the reference shows the colour hidden beneath.
+    raises OSError if the file is missing, ValueError if it is damaged, a clip, or does not say what is white
     """
     if not isinstance(source, (str, Path)):
-        return _to_rgb(source if isinstance(source, Image.Image) else _from_array(np.asarray(source)))
-    _must_exist(source)
-    if Path(source).suffix.lower() in CLIP_ENDINGS - {".gif"}:
-        raise ValueError(f"{source} is a clip; a picture is needed here (its first frame, for instance)")
-    try:
-        with Image.open(source) as picture:
-            if math.prod(picture.size) > MAX_PIXELS:
-                raise OverflowError(f"{picture.width}x{picture.height}, try at most 8192x8192")
-            is_clip = picture.format in ("GIF", "PNG", "WEBP") and getattr(picture, "n_frames", 1) > 1
-            rgb = _to_rgb(picture)
-    except (OverflowError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{source} is too large ({error})") from None
-    except Exception as error:  # PIL's decoders raise nearly anything on damaged files
+        picture = source if isinstance(source, Image.Image) else _from_array(np.asarray(source))
+        return _to_rgb(picture, "the picture", background)
+    must_exist(source)
+    if is_clip(source):
         raise ValueError(
-            f"{source} is empty, damaged or no picture ({type(error).__name__}); give a .png or .jpg"
+            f"{source} is a clip or no picture; give a .png or .jpg, its first frame for instance"
+        )
+    try:
+        with _open_picture(source) as picture:
+            picture.load()
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{source} is empty, damaged or no picture ({reason}); give a .png or .jpg"
         ) from None
-    if is_clip:
-        raise ValueError(f"{source} is a clip; a picture is needed here (its first frame, for instance)")
-    return rgb
-
-
-def _to_rgb(picture: Image.Image) -> np.ndarray:
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits a pixel; PIL's own conversion would clip at 255
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
-    return np.asarray(picture.convert("RGB"))  # h w 3
+    return _to_rgb(picture, source, background)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -79,10 +121,34 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _must_exist(path: str | Path) -> None:
-    if not Path(path).is_file():
-        problem = "is a folder" if Path(path).is_dir() else "does not exist as a file"
-        raise FileNotFoundError(f"{path or 'an empty name'} {problem}; give the path of a file")
+def _to_rgb(picture: Image.Image, name: object, background: int) -> np.ndarray:
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"{name} has pixels of 32 bits, which do not say what is white; save it as 8-bit .png"
+        )
+    if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    if not picture.has_transparency_data:
+        return np.asarray(_to_srgb(picture))  # h w 3
+    picture = picture.convert("RGBA")
+    alpha = picture.getchannel("A")
+    if background == WHITE and alpha.getextrema()[0] < 255:
+        _note(name, "is transparent in parts; they are put on white")
+    under = Image.new("RGB", picture.size, (background,) * 3)
+    return np.asarray(Image.composite(_to_srgb(picture), under, alpha))
+
+
+def _to_srgb(picture: Image.Image) -> Image.Image:
+    """RGB in the colours that a picture's own profile means; what is sRGB keeps its bytes."""
+    if "icc_profile" in picture.info:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # damaged, or for another kind of pixels
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+            if "sRGB" not in ImageCms.getProfileDescription(profile):
+                plain = picture if picture.mode in ("L", "CMYK") else picture.convert("RGB")
+                srgb = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(plain, profile, srgb, outputMode="RGB")
+    return picture.convert("RGB")
 
 
 def resize(
@@ -101,9 +167,201 @@ def resize(
 def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 f h w 3 resized to cover height x width; what sticks out is cut off evenly on both sides."""
     full_height, full_width = frames.shape[1:3]
+    if (full_height, full_width) == (height, width):
+        return frames
     scale = min(full_height / height, full_width / width)  # pixels of the file for one of ours
     top, left = (full_height - height * scale) / 2, (full_width - width * scale) / 2
     return resize(frames, height, width, box=(left, top, full_width - left, full_height - top))
+
+
+# ---------------------------------------------------------------- clips: frames and their times
+
+MILLISECOND = 1e-3  # what containers round timestamps to: instants closer than that are the same
+JUMP = 10  # frames; times of bad files step back by a few, those of streams that were joined by more
+LEAD = 5  # seconds; a seek in a broadcast leads to no key frame, but they come at least so often
+HDR_CURVES = (16, 18)  # PQ and HLG, as FFmpeg numbers them
+
+# (seconds from the clip's first frame, whether it is damaged, what reads it as uint8 h w 3), and where the
+# clip ends (seconds, False, None)
+Timed = tuple[float, bool, Callable[[], np.ndarray] | None]
+
+
+class OpenClip(NamedTuple):
+    container: object  # PyAV's
+    stream: object
+    step: float  # seconds of a frame, where nothing else is said
+    has_times: bool  # AVI and raw streams only count frames, in the order of decoding
+    is_broadcast: bool  # .ts, .mpg …: may be cut and joined anywhere
+
+
+@contextlib.contextmanager
+def _open_clip(path: str | Path) -> Iterator[OpenClip]:
+    """The largest video stream; whatever FFmpeg raises in the block comes out as one sentence."""
+    import av  # here and below: a clip may not be needed, and it is slow to import
+
+    try:
+        absolute = str(Path(path).absolute())  # so that FFmpeg never takes a name for a protocol
+        with av.open(absolute, metadata_errors="replace") as container:
+            kind, flags = container.format.name, av.format.Flags(container.format.flags)
+            stream = container.streams.best("video")
+            if stream is not None and stream.frames == 1:  # a cover that is not marked as one?
+                stream = next((other for other in container.streams.video if other.frames > 1), stream)
+            is_cover = stream is not None and stream.disposition & av.stream.Disposition.attached_pic
+            if stream is None or is_cover or kind == "tty":  # FFmpeg draws text files as terminals
+                raise ValueError(f"{path} holds no video; give an .mp4 or .gif")
+            if container.metadata.get("major_brand", "").startswith(("hei", "mif1")):  # FFmpeg shows a tile
+                raise ValueError(f"{path} is a HEIC picture, which is not read here; convert it to .jpg")
+            if stream.width * stream.height > MAX_PIXELS:
+                raise ValueError(f"{path} is too large, {stream.width}x{stream.height}; make it smaller")
+            stream.thread_count = 1  # threads read ahead, and may fail beyond the span
+            step = float(1 / (stream.guessed_rate or stream.average_rate or 25))
+            has_times = kind != "avi" and av.format.Flags.no_timestamps not in flags
+            yield OpenClip(container, stream, step, has_times, av.format.Flags.ts_discont in flags)
+    except (av.FFmpegError, IndexError) as error:  # IndexError: PyAV's, where a stream appears on the way
+        reason = f"{path} is empty, damaged or no clip ({getattr(error, 'strerror', error)})"
+        raise ValueError(f"{reason}; make it again, for instance as .mp4") from None
+
+
+def _decode(clip: OpenClip) -> Iterator:
+    """PyAV's frames, in order. What comes first and cannot be decoded is skipped: a stream may be cut."""
+    import av
+
+    decoder = clip.stream.codec_context
+    if clip.stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders leave WebM's transparency out
+        decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
+    has_begun = False
+    for packet in clip.container.demux(clip.stream):
+        try:
+            frames = decoder.decode(packet if packet.size else None)
+        except av.InvalidDataError:
+            if has_begun:
+                raise
+            continue
+        has_begun = has_begun or bool(frames)
+        yield from frames
+
+
+def _as_shown(frame, aspect: Fraction | None, path: str | Path, background: int) -> np.ndarray:
+    """uint8 h w 3 with square pixels, turned and mirrored by the display matrix of a phone."""
+    is_clear = any(part.is_alpha for part in frame.format.components)
+    if frame.color_trc in HDR_CURVES:
+        _note(path, "is HDR (PQ or HLG) and will look flat and grey; convert it to SDR first")
+    layout, width = "rgba" if is_clear else "rgb24", round(frame.width * (aspect or 1))
+    pixels = frame.to_ndarray(format=layout, width=max(1, width), threads=1)
+    if is_clear:
+        pixels = _to_rgb(Image.fromarray(pixels), path, background)
+    if matrix := frame.side_data.get("DISPLAYMATRIX"):
+        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]  # shown x = a x + c y, y = b x + d y
+        if abs(b) > abs(a):
+            pixels, a, d = pixels.swapaxes(0, 1), c, b
+        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return pixels
+
+
+def _stream_frames(path: str | Path, start: float, background: int) -> Iterator[Timed]:
+    """From a frame before `start` on, or from wherever a seek happens to lead."""
+    import av
+
+    with _open_clip(path) as clip:
+        stream, step = clip.stream, clip.step
+        origin, tick = stream.start_time or 0, stream.time_base
+        if start > 0 and clip.has_times and not (clip.is_broadcast and _measure(path).is_joined):
+            early = max(0, start - LEAD) if clip.is_broadcast else start
+            with contextlib.suppress(av.FFmpegError):  # not every format can: then from the beginning
+                clip.container.seek(origin + int(early / tick), stream=stream)
+        seconds, shift, duration = -step, 0.0, step
+        for frame in _decode(clip):
+            expected = seconds + step
+            seconds = expected
+            if clip.has_times and frame.pts is not None:
+                seconds = float((frame.pts - origin) * tick) + shift
+            if seconds < expected - JUMP * step:  # another stream's first frame
+                shift += expected - seconds
+                seconds = expected
+            duration = float((frame.duration or 0) * tick)
+            read = functools.partial(_as_shown, frame, stream.sample_aspect_ratio, path, background)
+            yield seconds, frame.is_corrupt, read
+        if duration <= MILLISECOND:  # what writers put who do not know
+            duration = step
+        yield seconds + duration, False, None
+
+
+def _animation_frames(path: str | Path, background: int) -> Iterator[Timed]:
+    """The same of an animated .gif, .png, .webp or .avif, always from the beginning."""
+    try:
+        with _open_picture(path) as picture:
+            seconds = 0.0
+            for index in range(picture.n_frames):
+                picture.seek(index)
+                yield seconds, False, functools.partial(_to_rgb, picture.copy(), path, background)
+                seconds += (picture.info.get("duration") or 100) / 1000
+            yield seconds - (0.005 if picture.format == "GIF" else 0), False, None  # it counts in 1/100 s
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}); make it again, for instance as .mp4") from None
+
+
+class Shown(NamedTuple):
+    """A frame of a clip, with times in seconds."""
+
+    begin: float
+    end: float
+    until: float  # up to here it is the nearest: half-way to its successor, which loses a tie
+    is_damaged: bool
+    read: Callable[[], np.ndarray]  # uint8 h w 3
+
+
+def shown_frames(path: str | Path, start: float = 0.0, background: int = WHITE) -> Iterator[Shown]:
+    """The frames of a clip in order, from one at or before `start` on.
+
+    raises OSError if the file is missing, ValueError if it is damaged or a picture
+    """
+    must_exist(path)
+    kind = _picture_kind(path)
+    if kind == "still":
+        raise ValueError(f"{path} is a picture; a clip (.mp4, .gif, …) is needed here")
+    frames = _animation_frames(path, background) if kind else _stream_frames(path, start, background)
+    first = next(frames)
+    if start > 0 and (first[0] > start or first[2] is None):  # the seek led past it
+        frames.close()
+        frames = _stream_frames(path, 0, background)
+        first = next(frames)
+    for (begin, is_damaged, read), (end, _, follows) in itertools.pairwise(itertools.chain([first], frames)):
+        until = (begin + end + MILLISECOND) / 2 if follows else end - MILLISECOND
+        yield Shown(begin, end, until, is_damaged, read)
+
+
+class Measure(NamedTuple):
+    num_frames: int
+    seconds: float
+    is_joined: bool  # a broadcast whose time jumps back on the way
+
+
+def _measure(path: str | Path) -> Measure:
+    """How long a clip is, from its header, else by going through its packets; each file once."""
+    stat = Path(path).stat()
+    return _measure_once(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _measure_once(path: str | Path, *_) -> Measure:
+    if _picture_kind(path) == "animation":
+        *times, end = (seconds for seconds, *_ in _animation_frames(path, WHITE))
+        return Measure(len(times), end, False)
+    with _open_clip(path) as (container, stream, step, has_times, _):
+        if stream.frames > 0 and (stream.duration or 0) > 0:
+            num_cut = sum(entry.is_discard for entry in stream.index_entries)  # a trimmed .mp4 keeps them
+            return Measure(max(1, stream.frames - num_cut), float(stream.duration * stream.time_base), False)
+        num_frames, seconds, is_joined, last = 0, 0.0, False, None
+        for packet in container.demux(stream):
+            if packet.size:
+                num_frames += 1
+                stamp = packet.dts if has_times else None
+                gap = step if stamp is None or last is None else float((stamp - last) * stream.time_base)
+                jumps = gap < -JUMP * step
+                is_joined = is_joined or jumps
+                seconds += step if jumps else gap
+                last = stamp
+    return Measure(num_frames, seconds, is_joined)
 
 
 # ---------------------------------------------------------------- clips in
@@ -112,81 +370,27 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 class ClipInfo(NamedTuple):
     num_frames: int
     fps: float  # average
-    height: int  # upright, as shown
+    height: int  # as shown
     width: int
     seconds: float
 
 
-@contextlib.contextmanager
-def _open_clip(path: str | Path) -> Iterator:
-    """The container and its video stream; whatever ffmpeg raises in the block comes out as one sentence."""
-    import av  # here and below: a clip may not be needed, and it is slow to import
-
-    _must_exist(path)
-    try:
-        absolute = str(Path(path).absolute())  # so that ffmpeg never takes a name for a protocol
-        with av.open(absolute, metadata_errors="replace") as container:
-            kind = container.format.name
-            if kind.endswith("_pipe") or kind in ("image2", "ico"):
-                raise ValueError(f"{path} is a picture; a clip (.mp4, .gif, …) is needed here")
-            if not container.streams.video or kind == "tty":  # ffmpeg draws text files as terminals
-                raise ValueError(f"{path} holds no video; give an .mp4 or .gif")
-            container.streams.video[0].thread_count = 1  # threads read ahead, and may fail beyond the span
-            yield container, container.streams.video[0]
-    except (av.FFmpegError, IndexError) as error:  # IndexError: PyAV's, where a stream appears on the way
-        reason = getattr(error, "strerror", error)
-        raise ValueError(
-            f"{path} is empty, damaged or no clip ({reason}); make it again, for instance as .mp4"
-        ) from None
-
-
-def _decode(container, stream, start: float) -> Iterator[tuple]:
-    """(seconds since the clip's first frame, frame) from the keyframe before `start` on; last (end, None).
-
-    Nothing before that keyframe is decoded. Frames without a timestamp follow at the stream's rate.
-    """
-    import av
-
-    origin = stream.start_time or 0
-    step = duration = float(1 / (stream.guessed_rate or stream.average_rate or 25))
-    seeked = start > 0 and stream.start_time is not None
-    if seeked:
-        with contextlib.suppress(av.FFmpegError):  # not every format can: then decode from the beginning
-            container.seek(origin + int(start / stream.time_base), stream=stream)
-    seconds = -step
-    for frame in container.decode(stream):
-        seconds = float((frame.pts - origin) * stream.time_base) if frame.pts is not None else seconds + step
-        if seeked and seconds > start:  # the file's index led past the target
-            container.seek(min(origin, 0), stream=stream)
-            yield from _decode(container, stream, 0.0)
-            return
-        seeked = False
-        duration = float((frame.duration or 0) * stream.time_base) or step
-        yield seconds, frame
-    yield seconds + duration, None
-
-
-def _shown(path: str | Path, container, stream, start: float) -> Iterator[tuple]:
-    """(from, to, nearest until, frame), in seconds, of each frame from the keyframe before `start` on.
-
-    A frame is nearest up to half-way to its successor, which loses a tie; the last one up to its end.
-    raises ValueError where timestamps jump
-    """
-    slack = 6 * MILLISECOND if container.format.name == "gif" else MILLISECOND  # counts in 1/100 s
-    for (seconds, frame), (following, successor) in itertools.pairwise(_decode(container, stream, start)):
-        if not -1 < following - seconds < 60:
-            raise ValueError(f"{path} has timestamps that jump by {following - seconds:.0f} s")
-        until = (seconds + following + MILLISECOND) / 2 if successor else following - slack
-        yield seconds, following, until, frame
-
-
-def _upright_rgb(frame) -> np.ndarray:
-    """uint8 h w 3; phones store the sensor's picture and a rotation (degrees counter-clockwise)."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+def probe_video(path: str | Path) -> ClipInfo:
+    """Length, rate and size of a clip; one frame is decoded."""
+    first = next(shown_frames(path), None)
+    if first is None:
+        raise ValueError(f"{path} has no frames; make it again")
+    height, width = first.read().shape[:2]
+    num_frames, seconds, _ = _measure(path)
+    return ClipInfo(num_frames, num_frames / seconds, height, width, seconds)
 
 
 def read_video(
-    source: Clip, num_frames: int | None = None, fps: float | None = None, start: float = 0.0
+    source: Clip,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start: float = 0.0,
+    background: int = WHITE,
 ) -> np.ndarray:
     """The frames nearest to the instants start + i/fps of a clip, uint8 f h w 3.
 
@@ -198,55 +402,37 @@ def read_video(
     if not isinstance(source, (str, Path)):
         return _checked_frames(np.asarray(source), "a clip")[:num_frames]
     frames: list[np.ndarray] = []
-    with _open_clip(source) as (container, stream):
-        for seconds, _, until, frame in _shown(source, container, stream, start):
-            if fps is None:
-                count = int(seconds > start - MILLISECOND)
-            else:
-                count = max(0, math.ceil((until - start) * fps) - len(frames))
-            pixels, held = frame.width * frame.height, min(len(frames) + count, num_frames or 2**31)
-            if pixels > MAX_PIXELS or pixels * held > MAX_CLIP_PIXELS:
-                raise ValueError(f"{source} is too large, {frame.width}x{frame.height}; make it smaller")
-            if count:
-                frames += [_upright_rgb(frame)] * count
-            if num_frames is not None and len(frames) >= num_frames:
-                break
+    for shown in shown_frames(source, start, background):
+        count = int(shown.begin > start - MILLISECOND)
+        if fps is not None:
+            count = max(0, math.ceil((shown.until - start) * fps) - len(frames))
+        if num_frames is not None:
+            count = min(count, num_frames - len(frames))
+        if count:
+            frame = shown.read()
+            if frame.size * (len(frames) + count) > 3 * MAX_CLIP_PIXELS:
+                raise ValueError(f"{source} is too large, {frame.shape[1]}x{frame.shape[0]}; make it smaller")
+            frames += [frame] * count
+        if len(frames) == num_frames:
+            break
     if not frames:
         raise ValueError(f"{source} has no frame at {start:g} s; it is empty or shorter than that")
     if len({frame.shape for frame in frames}) > 1:
         raise ValueError(f"{source} changes its size on the way; encode it anew at one size")
-    return np.stack(frames[:num_frames])
-
-
-def probe_video(path: str | Path) -> ClipInfo:
-    """Length, rate and size of a clip: from its header, else by counting packets; one frame is decoded."""
-    with _open_clip(path) as (container, stream):
-        _, frame = next(_decode(container, stream, 0.0))
-        if frame is None:
-            raise ValueError(f"{path} has no frames")
-        height, width = _upright_rgb(frame).shape[:2]
-        num_frames, duration = stream.frames, stream.duration
-    with _open_clip(path) as (container, stream):
-        step = 1 / (stream.guessed_rate or stream.average_rate or 25)
-        if num_frames <= 0 or not duration or duration < 0:
-            packets = [packet for packet in container.demux(stream) if packet.size]
-            stamps = [packet.pts for packet in packets if packet.pts is not None] or [0]
-            num_frames = max(1, len(packets))
-            duration = max(stamps) - min(stamps) + (packets[-1].duration or 0 if packets else 0)
-        seconds = float(duration * stream.time_base or num_frames * step)
-    return ClipInfo(num_frames, num_frames / seconds, height, width, seconds)
+    return np.stack(frames)
 
 
 def read_mask(source: Picture, num_frames: int, height: int, width: int, fps: float | None = None) -> Tensor:
     """Where to generate, bool f h w: True where a picture (held over all frames) or a clip is white, ≥ 240.
 
+    Transparent is not white, whatever colour it hides: masks are painted on transparent layers.
     source: path, PIL picture, or array h w, h w 3, f h w, f h w 1 or f h w 3, uint8 or bool; resized to fit
     raises ValueError if a mask of several frames has fewer than `num_frames`
     """
-    if isinstance(source, (str, Path)) and Path(source).suffix.lower() not in PICTURE_ENDINGS:
-        frames = read_video(source, num_frames, fps)
+    if isinstance(source, (str, Path)) and is_clip(source):
+        frames = read_video(source, num_frames, fps, background=BLACK)
     elif isinstance(source, (str, Path, Image.Image)):
-        frames = read_image(source)[None]
+        frames = read_image(source, BLACK)[None]
     else:
         frames = np.asarray(source)
         frames = frames.astype(np.uint8) * 255 if frames.dtype == bool else frames
@@ -263,12 +449,13 @@ def read_mask(source: Picture, num_frames: int, height: int, width: int, fps: fl
 # ---------------------------------------------------------------- between files and the network
 
 
-def to_pixels(frames: np.ndarray) -> Tensor:
-    """uint8 f h w 3 -> float 3 f h w in [−1, 1].
+def to_pixels(frames: np.ndarray | Tensor) -> Tensor:
+    """uint8 … f h w 3 -> float … 3 f h w in [−1, 1]; a tensor stays on its device.
 
     The same bits as the reference's u8/255·2 − 1, because doubling is exact.
     """
-    return torch.from_numpy(np.array(frames)).movedim(-1, -4).float() / 127.5 - 1
+    frames = frames if isinstance(frames, Tensor) else torch.from_numpy(np.array(frames))
+    return frames.movedim(-1, -4).float() / 127.5 - 1
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:

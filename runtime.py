@@ -27,14 +27,20 @@ DTYPES = ["float32", "bfloat16", "float16"]
 
 
 @functools.cache
-def join_ranks() -> dist.Store | None:
+def join_ranks(alone: bool = False) -> dist.Store | None:
     """Meet the other processes: NCCL for what is on GPUs, Gloo for what is not.
 
+    alone: make a group of one process too, which FSDP needs for its offloading
     returns: a store that all of them read and write, or None if there are no others
     """
-    if NUM_RANKS == 1:
+    if NUM_RANKS == 1 and not alone:
         return None
-    store, rank, num_ranks = next(dist.rendezvous("env://"))
+    if dist.is_initialized():
+        return None
+    if NUM_RANKS == 1:
+        store, rank, num_ranks = dist.HashStore(), 0, 1
+    else:
+        store, rank, num_ranks = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
     return store
@@ -49,6 +55,50 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def wait_for_ranks() -> None:
     sum_over_ranks(torch.zeros(1))
+
+
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """In place, in one message in place of a hundred."""
+    if NUM_RANKS > 1 and tensors:
+        joined = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / NUM_RANKS
+        parts = joined.split([tensor.numel() for tensor in tensors])
+        for tensor, average in zip(tensors, parts):
+            tensor.copy_(average.view_as(tensor))
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose module is slow to import and never needed by one process."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be cut over ranks; every rank has to call it."""
+    return tensor.full_tensor() if is_cut(tensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if is_cut(tensor) else tensor
+
+
+def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors, on the CPU of rank 0; every rank has to call it. Elsewhere nothing is kept."""
+    gathered = {}
+    for name, tensor in state.items():
+        tensor = whole(tensor)
+        if RANK == 0:
+            gathered[name] = tensor.cpu()
+    return gathered
+
+
+def cut_like(param: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, on the device of `param` and cut as it is; a copy."""
+    tensor = tensor.to(param.device, copy=True)
+    if not is_cut(param) or tensor.ndim == 0:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
 
 
 def agree(value: object) -> object:
@@ -175,6 +225,10 @@ def in_one_line(error: BaseException, memory_remedy: str) -> str | None:
         message = f"out of memory; {memory_remedy}"
     elif isinstance(error, OSError) and error.errno is not None:
         message = f"{error.filename or 'a file'}: {error.strerror}; is the path right, and is there room?"
+    elif isinstance(error, ModuleNotFoundError) and "." not in (error.name or "."):
+        message = (
+            f"{error.name} is not here, which is needed for this"  # a file that may be deleted, or a package
+        )
     elif isinstance(error, (ValueError, OSError)):
         message = str(error)
     elif isinstance(error, KeyboardInterrupt):

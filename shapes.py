@@ -154,20 +154,22 @@ def draw(
     num_frames: int = CLIP_FRAMES,
     height: int = 64,
     width: int = 64,
-    start: int = 0,
+    start: int | Sequence[int] = 0,
     length: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Tensor:
     """Frames start … start + num_frames of each scene, anti-aliased: uint8 b f h w c.
 
+    start: one for all scenes, or one for each
     length: frames of the whole clip, from which these are taken, default start + num_frames; up to 17 the
         motion is a function of the frame's number / 16, beyond that it is spread over the clip
     """
-    last_frame = max(CLIP_FRAMES, length or start + num_frames) - 1
-    time = (start + torch.arange(num_frames, device=device)) / last_frame  # f, 0 … 1
+    starts = torch.as_tensor(start, device=device).view(-1, 1)
+    last_frame = max(CLIP_FRAMES, length or int(starts.max()) + num_frames) - 1
+    time = (starts + torch.arange(num_frames, device=device)) / last_frame  # b f, or 1 f; 0 … 1
     ends = torch.tensor([first_and_last(scene, height, width) for scene in scenes], device=device)  # b 2 3
     first, last = ends[..., None].unbind(1)  # b 3 1
-    x, y, _ = torch.lerp(first, last, time).unbind(1)  # b f
+    x, y, _ = torch.lerp(first, last, time[:, None]).unbind(1)  # b f
     radius = first[:, 2] * (last[:, 2] / first[:, 2]) ** time  # b f; by a constant rate all crops grow alike
     x = (torch.arange(width, device=device) + 0.5 - x[..., None])[..., None, :]  # b f 1 w
     y = (torch.arange(height, device=device) + 0.5 - y[..., None])[..., None]  # b f h 1

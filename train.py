@@ -1,25 +1,21 @@
-"""Train the video VAE, or train and fine-tune the diffusion transformer: one loop for both.
+"""Train the diffusion transformer, or the video VAE, from nothing or from a checkpoint: one loop for both.
 
-    epoch_batches ─deal─► global batch: a fixed list of micro-batches, each of one shape
-    micro-batch ─► pixels, captions, masks ─► a loss for each sample ─sum ÷ samples of the step─► gradient
-    gradient ─clip─► AdamW ─► weights ─lerp─► EMA ─► validation, previews, checkpoint
+    records ─data.Epochs─► a step: a list of micro-batches, each of one shape, dealt to the ranks
+    micro-batch ─Encoders, or cache─► posteriors, condition, text ─noise at drawn timesteps─► a loss for each
+    losses ─sum ÷ noises of a step─► gradient ─clip─► AdamW ─► weights ─lerp─► EMA ─► validate, preview, save
 
-    --train dit   pixels ─VAE─► latents ─noise at a drawn timestep─► noisy ─DiT─► velocity;  MSE to its target
-    --train vae   pixels ─encoder─► posterior ─sample─► decoder─► pixels;  reconstruction + a little KL
-
-Every draw is a function of (seed, epoch, sample index), see `data.rng`; a timestep also of the sample's place
-in its global batch. So the state of a run is a few counters beside weights, moments and EMA; a run that is
-killed and resumed ends with the same bytes as one that is not.
+Randomness has three levels. All about a sample is a function of (seed, draw, sample), see data.Epochs; the
+noise of a micro-batch of (seed, epoch, its number), drawn at once on the device; the timesteps of a step of
+(seed, step). So the state of a run is a few counters beside weights, moments and EMA: a run that is
+killed and resumed ends with the same bytes, and the number of ranks changes only the rounding of sums.
 
     OUT/  transformer/ vae/ text_encoder/ …    a checkpoint of EMA weights: sample.py --model OUT
           lora.safetensors                     in place of new weights, with --lora-rank
           checkpoints/step-000200/             the same, and training/ for --resume
           log.jsonl  loss.png  previews/
 
-Where to look: the loop is `train`, near the end. Losses: `denoising_losses`, `reconstruction_losses`. Masks:
-applied in `Denoising.encode`. Learning rate: `learning_rate`. Checkpoints: `Run.save`, `Learner.state`. A new
-preset goes into `PRESETS`.
-
+Where to look: the loop is `train`, near the end; the loss `denoising_losses`; masks `inpaint.random_mask`; a
+new preset goes into `PRESETS`. The VAE's own training is train_vae.py.
 Reports: CogVideoX-Fun v1 (token lengths, phases); reference: CogVideoX-Fun scripts/train.py.
 Dimension key: b batch, c channels, f frames, h w height and width, L text tokens, d text width.
 """
@@ -32,50 +28,36 @@ import inspect
 import itertools
 import json
 import math
-import operator
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
+import typing
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 import checkpoint
 import data
+import runtime
 import sample
-from data import Batch, Loader, Plan, Record, Sample, epoch_batches
+from data import Epochs, Key, Loader, Micro, Plan, Record, Sample, load_sample, pixels_of
 from diffusion import NUM_TIMESTEPS, Schedule, ScheduleConfig
-from inpaint import add_reference_noise, draw_noise_sigma, encode_known, join_condition
-from media import to_uint8, write_video
-from runtime import (
-    NUM_RANKS,
-    RANK,
-    atomic_write,
-    computes_bfloat16,
-    in_one_line,
-    join_ranks,
-    say,
-    sum_over_ranks,
-    wait_for_ranks,
-)
-from runtime import choose_device as find_device
-from runtime import generator as rng
+from inpaint import MASK_KINDS, add_reference_noise, draw_noise_sigma, encode_known, join_condition
+from media import to_pixels, write_video
+from optim import Optim, clip_norm, learning_rate
+from runtime import NUM_RANKS, RANK, atomic_write, gather, generator, say, sum_over_ranks, wait_for_ranks
+from sizes import check_frames, check_side
 from text_encoder import T5Config, T5Encoder, Tokenizer
 from transformer import (
     CHECKPOINTING,
-    POSITIONS,
     TransformerConfig,
     VideoTransformer,
     grow_input_channels,
@@ -84,18 +66,13 @@ from transformer import (
 )
 from vae import VAEConfig, VideoVAE, sample_posterior
 
-Key = tuple[int, int, int]  # (seed, epoch, sample index): what every draw is a function of
-VALIDATION_EPOCH = -1  # so that validation never shares a draw with training
+Batch = dict[str, Tensor]  # a micro-batch as tensors, see Encoders and cache.py
+VALIDATION = -1  # the epoch of held-out samples, so that they never share a draw with training
 BANDS = (100, 300, 500, 700, 900)  # timesteps validated at: the middles of five bands
 LORA = "lora.safetensors"
 
 
 # ---------------------------------------------------------------- what a run is
-
-
-def check(holds: object, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -107,184 +84,214 @@ class Phase:
     global_batch: int  # clips of max_tokens in a step; cheaper shapes come in larger numbers
     num_steps: int
     lr: float
-    final_lr: float  # reached by a half cosine; the same as lr: constant
+    final_lr: float  # reached by half a cosine; the same as lr: constant
     train_text: bool = False  # the text encoder as well
+    pictures: bool = False  # one frame of each sample alone
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings the numbers of a run depend on."""
+    """All settings the numbers of a run depend on. Each can be changed by a flag or by --set FIELD=VALUE."""
 
     phases: tuple[Phase, ...]
     train: str = "dit"  # or "vae"
     max_frames: int = 49
     fps: float = 8.0
     batch_size: int = 1  # clips of max_tokens in a micro-batch; global_batch / batch_size of them are a step
-    draws_per_clip: int = 1  # noises and timesteps for each: encoding a clip costs more than a small DiT
+    noises_per_clip: int = 1  # with a timestep each: encoding a clip may cost more than a small transformer
     timestep_shift: float = 1.0  # above 1: more of the noisy timesteps, see `stratified_timesteps`
-    text_only: float = (
-        0.0  # share of samples whose mask becomes everything, beyond those of `data.MASK_KINDS`
-    )
-    optimizer: str = "adamw"  # or "muon": that for vectors and tables, Muon for matrices; see `Learner`
+    masks: dict[str, float] = field(default_factory=lambda: dict(MASK_KINDS))  # kinds and their shares
+    text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
+    optimizer: str = "adamw"  # or "muon": that for matrices, AdamW for vectors and tables, see optim.py
     warmup_steps: int = 100  # in each phase
     weight_decay: float = 0.03
     adam_eps: float = 1e-10
     max_grad_norm: float = 0.05
     wide_clip_steps: int | None = None  # the reference's clipping over time, see `clip_norm`; None: constant
-    ema_decay: float = 0.9999  # less at first, see `Learner.update_ema`; 0: no EMA
+    ema_decay: float = 0.9999  # less at first, see `Optim.update_ema`; 0: no EMA
     position: str | None = None  # sincos off the native grid, see transformer.position_rule; None: as it is
     in_channels: int | None = None  # of the transformer, grown with zeros; None: as it is
     lora_rank: int | None = None  # learn thin matrices beside the transformer's, not its weights; see lora.py
     lora_alpha: float | None = None  # None: the rank
-    cached_draws: int = (
-        0  # masks and their like of a clip that epochs take in turn, see cache.py; 0: new ones
-    )
-    kl_weight: float = 1e-5  # of --train vae
-    keep_encoder: bool = False  # only its decoder learns: transformers trained on its latents stay valid
+    cached_draws: int = 0  # of each sample, taken in turn by the epochs, see cache.py; 0: nothing is kept
+    keep_on_device: bool = False  # the cache, in place of a folder
+    kl_weight: float = 1e-5  # of --train vae, as the next two
+    equivariance: float = 0.0  # weight of EQ-VAE's penalty, see train_vae.py
+    keep_encoder: bool = False  # only the decoder learns: transformers trained on its latents stay valid
+    replicate: bool = False  # each rank has the whole transformer, no FSDP
+    compile_on_gpu: bool = False  # as if --compile were given, where there is one
+    save_dtype: str | None = None  # of the weights in OUT when the run has ended; None: float32
     seed: int = 0
-    num_shapes: int = 20_000  # clips in an epoch of --data shapes
-    dit: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)  # if there is none yet
-    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)  # likewise
+    num_shapes: int = 20_000  # samples in an epoch of --data shapes
+    dit: TransformerConfig = field(default_factory=TransformerConfig)  # if there is none yet
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # likewise
     vae: VAEConfig | None = None  # likewise; None: there has to be one
     t5: T5Config | None = None
 
 
-SIZES_512, SIZES_768, SIZES_1024 = (tuple(range(low, 1025, 128)) for low in (512, 768, 1024))
+def sizes_from(low: int, high: int = 1280, step: int = 128) -> tuple[int, ...]:
+    return tuple(range(low, high + 1, step))
+
+
+# The reference's commands (README_TRAIN.md, scripts/train.sh): lr 2e-5, constant after 100 steps of warm-up,
+# and the weight decay, eps and norm that are defaults above; its train.py clips wider at first.
 FUN_2B = Config(
-    phases=(  # the report's
-        Phase(SIZES_512, 13312, 128, 7000, 2e-5, 2e-5),
-        Phase(SIZES_768, 29952, 256, 6500, 2e-5, 2e-5),
-        Phase(SIZES_1024, 53248, 128, 5000, 2e-5, 2e-5),
+    phases=(  # resolutions, tokens, clips a step, steps, lr
+        Phase(sizes_from(512), 13312, 128, 7000, 2e-5, 2e-5),
+        Phase(sizes_from(768), 29952, 256, 6500, 2e-5, 2e-5),
+        Phase(sizes_from(1024), 53248, 128, 5000, 2e-5, 2e-5),
     ),
-    # This and the defaults above are what the reference's commands train its models with (README_TRAIN.md and
-    # scripts/train.sh: lr 2e-5, constant after 100 steps of warm-up; weight decay 3e-2, eps 1e-10, norm 0.05)
-    # and the clipping of its train.py, whose own defaults (1e-4, 500, 1e-2, 1e-8, 1.0) they override.
     wide_clip_steps=1000,
     dit=TransformerConfig(in_channels=33),
 )
-FUN_5B_DIT = replace(FUN_2B.dit, num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
-FUN_5B = replace(FUN_2B, dit=FUN_5B_DIT)
-FUN_VAE = replace(FUN_2B, train="vae", phases=(Phase(SIZES_512, 13312, 8, 7000, 2e-5, 2e-6),),
-                  max_grad_norm=1.0, wide_clip_steps=None)  # fmt: skip
+FUN_5B = replace(
+    FUN_2B,
+    dit=replace(FUN_2B.dit, num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True),
+)
+FUN_VAE = replace(
+    FUN_2B,
+    train="vae",
+    phases=(Phase(sizes_from(512), 13312, 8, 7000, 2e-5, 2e-6),),
+    max_grad_norm=1.0,
+    wide_clip_steps=None,
+)
+# The report at an eighth of its scale, sized for ten minutes of one H100. Pictures carry the first part: a
+# picture costs a fifth of a clip, and shape and colour are what pictures show.
 TINY = Config(
     phases=(
-        Phase((64, 96, 128), 80, 8, 10_000, 3e-3, 1e-3, train_text=True),
-        Phase((64, 96, 128), 180, 8, 4000, 1e-3, 5e-4),
-        Phase((64, 96, 128), 320, 8, 2000, 5e-4, 1e-5),
+        Phase((64, 96, 128), 80, 1024, 1500, 2e-3, 1.5e-3, train_text=True, pictures=True),
+        Phase((64, 96, 128), 80, 1024, 2000, 1.5e-3, 8e-4, train_text=True),
+        Phase((64, 96, 128), 180, 1024, 500, 8e-4, 4e-4),
+        Phase((64, 96, 128), 320, 1024, 300, 4e-4, 1e-5),
     ),
-    max_frames=17, batch_size=8, draws_per_clip=4, timestep_shift=3.0, text_only=0.2,
-    optimizer="muon", adam_eps=1e-8, weight_decay=0.01, max_grad_norm=1.0, ema_decay=0.999,
-    dit=TransformerConfig(in_channels=33, num_attention_heads=4, num_layers=6, time_embed_dim=128,
-                          text_embed_dim=128, max_text_seq_length=24,
-                          sample_width=8, sample_height=8, sample_frames=17,
-                          spatial_interpolation_scale=0.9375),  # at 1.875 a table of 4x4 hides the aspect
-    vae=VAEConfig(block_out_channels=[16, 32, 32, 64], layers_per_block=1, norm_num_groups=8,
-                  sample_height=256, sample_width=256, scaling_factor=1.0),
+    max_frames=17,
+    batch_size=1024,  # one micro-batch a step: with four, Python took four fifths of an H200's time
+    timestep_shift=1.5,
+    text_only=0.2,
+    optimizer="muon",
+    adam_eps=1e-8,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    ema_decay=0.999,
+    cached_draws=1,
+    keep_on_device=True,
+    save_dtype="bfloat16",
+    compile_on_gpu=True,
+    num_shapes=40_000,
+    dit=TransformerConfig(
+        in_channels=33,
+        num_attention_heads=4,
+        num_layers=8,
+        time_embed_dim=128,
+        text_embed_dim=128,
+        max_text_seq_length=24,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=17,
+        spatial_interpolation_scale=0.9375,  # at 1.875 a table of 4x4 hides the aspect
+    ),
+    vae=VAEConfig(
+        block_out_channels=[24, 32, 48, 64],
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_height=256,
+        sample_width=256,
+        scaling_factor=1.0,
+    ),
     t5=T5Config(vocab_size=27, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),  # 27: shapes.WORDS
     schedule=ScheduleConfig(extra={"guidance_scale": 2.0}),  # 3 makes worse end pictures, 6 worse shapes
-)  # fmt: skip
-# Small clips first: their steps are cheap, and edges are all there is to learn; 64 pixels show fast ones.
-# The KL term is large enough to keep channels near zero and to leave noise in what pixels do not need.
+)
+# Small clips first: their steps are cheap, and edges are all there is to learn; 64 pixels show fast ones. The
+# KL term is large enough to keep channels near zero and to leave noise in what pixels do not need.
 TINY_VAE = replace(
-    TINY, train="vae", batch_size=1, draws_per_clip=1, weight_decay=0.0, timestep_shift=1.0, text_only=0.0,
-    kl_weight=1e-3,
+    TINY,
+    train="vae",
+    batch_size=64,
+    cached_draws=0,
+    keep_on_device=False,
+    weight_decay=0.0,
+    timestep_shift=1.0,
+    text_only=0.0,
+    kl_weight=5e-4,
+    equivariance=0.25,
     phases=(
-        Phase((32, 64), 48, 2, 5000, 5e-3, 2e-3),
-        Phase((32, 48, 64, 96, 128), 128, 1, 2000, 1.5e-3, 1e-5),
+        Phase((32, 64), 48, 64, 900, 5e-3, 2e-3),
+        Phase((32, 48, 64, 96, 128), 128, 64, 500, 2e-3, 1e-5),
     ),
-)  # fmt: skip
+)
+
+
+def scaled_down(config: Config, clips: int, num_shapes: int) -> Config:
+    """The same preset for a CPU: `clips` times fewer clips in a step and in a micro-batch."""
+    phases = [replace(phase, global_batch=phase.global_batch // clips) for phase in config.phases]
+    batch_size = max(1, config.batch_size // clips)
+    return replace(config, phases=tuple(phases), batch_size=batch_size, num_shapes=num_shapes)
+
+
 PRESETS = {  # --preset, --train
     "tiny": {"dit": TINY, "vae": TINY_VAE},
+    "tiny-cpu": {"dit": scaled_down(TINY, 16, 10_000), "vae": scaled_down(TINY_VAE, 8, 10_000)},
     "fun-2b": {"dit": FUN_2B, "vae": FUN_VAE},
     "fun-5b": {"dit": FUN_5B, "vae": FUN_VAE},
 }
 
 
-# ---------------------------------------------------------------- several processes: torchrun
-#
-# All of them run the same program. The transformer's weights, gradients, moments and EMA are cut into as many
-# parts as there are ranks (FSDP2); text encoder and VAE, where they learn, are small and whole in each rank,
-# and with --replicate the transformer too.
-# A rank works on its share of the micro-batches of a step; gradients are averaged. Rank 0 writes.
+# ---------------------------------------------------------------- where the weights lie
 
 
-def average_over_ranks(tensors: list[Tensor]) -> None:
-    """In place, in one message in place of a hundred."""
-    if NUM_RANKS > 1 and tensors:
-        joined = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / NUM_RANKS
-        for tensor, average in zip(tensors, joined.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(average.view_as(tensor))
+def place(
+    dit: VideoTransformer, device: torch.device, dtype: torch.dtype, replicate: bool, offload: bool
+) -> None:
+    """Move a transformer to where it computes: what learns in float32, frozen matrices in the run's dtype.
 
-
-def shard(dit: VideoTransformer, device: torch.device) -> None:
-    """Cut a transformer's parameters over the ranks; each layer is whole only while it computes."""
-    if NUM_RANKS > 1:
-        mesh = init_device_mesh(device.type, (NUM_RANKS,))
-        for module in (*dit.transformer_blocks, dit):
-            fully_shard(module, mesh=mesh)
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # it is not written to
-        register_fsdp_forward_method(dit, "project_text")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def part(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors, on the CPU of rank 0; every rank has to call it. Elsewhere nothing is kept."""
-    pairs = ((name, whole(tensor)) for name, tensor in state.items())
-    return {name: tensor.cpu() for name, tensor in pairs if RANK == 0}
-
-
-def spread_like(param: Tensor, tensor: Tensor) -> Tensor:
-    """A rank's part of a whole tensor, cut as `param` is."""
-    tensor = tensor.to(param.device, copy=True)
-    if not isinstance(param, DTensor) or tensor.ndim == 0:
-        return tensor
-    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
-
-
-# ---------------------------------------------------------------- draws
-
-
-def generators(keys: list[Key], purpose: str, device: str | torch.device = "cpu") -> list[torch.Generator]:
-    return [torch.Generator(device).manual_seed(rng(*key, purpose).initial_seed()) for key in keys]
-
-
-def normal(shape: Iterable[int], keys: list[Key], purpose: str, device: str | torch.device = "cpu") -> Tensor:
-    """Standard normal noise, b and then `shape`; each sample's is a function of its key alone.
-
-    Drawn on the device, where it is wanted: the noise of a large video is slow to draw on the CPU.
+    Autocast would round the frozen matrices at each use; stored so, the same bytes come out. Of several ranks
+    each has a part of every parameter and gathers a block while it computes (FSDP2). offload: the parts, and
+    with them gradients and moments, stay in the host's memory.
     """
-    draws = generators(keys, purpose, device)
-    return torch.stack([torch.randn(tuple(shape), generator=draw, device=device) for draw in draws])
+    for param in dit.parameters():
+        is_frozen_matrix = not param.requires_grad and param.ndim > 1
+        param.data = param.data.to("cpu" if offload else device, dtype if is_frozen_matrix else torch.float32)
+    for name, buffer in dit.named_buffers():
+        dit.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer.to(device))
+    if offload or (NUM_RANKS > 1 and not replicate):
+        shard(dit, device, offload)
 
 
-def stratified_timesteps(keys: list[Key], shift: float = 1.0) -> Tensor:
-    """One timestep for each sample of a global batch: 0 … 999 is cut into so many parts, each has one.
+def shard(dit: VideoTransformer, device: torch.device, offload: bool) -> None:
+    """FSDP2 over all ranks, also over one where it is wanted for its offloading."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    runtime.join_ranks(alone=True)
+    mesh = init_device_mesh(device.type, (NUM_RANKS,))
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    for module in (*dit.transformer_blocks, dit):
+        fully_shard(module, mesh=mesh, offload_policy=policy)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # it is not written to
+    register_fsdp_forward_method(dit, "project_text")
+
+
+# ---------------------------------------------------------------- timesteps and the loss
+
+
+def stratified_timesteps(seed: int, step: int, count: int, shift: float = 1.0) -> Tensor:
+    """One timestep for each noise of a step: 0 … 999 is cut into so many parts, each has one.
 
     Each alone is uniform; together they cover all noise levels, so the loss of a step jumps less. Which part
-    a sample gets is shuffled, as neighbours share a shape. A shift s moves t/1000 = u to su / (1 + (s − 1)u),
+    a noise gets is shuffled, as neighbours share a shape. A shift s moves t/1000 = u to su / (1 + (s − 1)u),
     so with s > 1 there are more noisy ones, where text decides. (Esser et al. 2024, arXiv 2403.03206, eq. 23)
     """
-    parts = torch.randperm(len(keys), generator=rng(*keys[0], "order of timesteps"))
-    draws = generators(keys, "timestep")
-    places = torch.stack([torch.rand((), generator=draw, dtype=torch.float64) for draw in draws])
-    uniform = (parts + places) / len(keys)
+    draws = generator(seed, step, "timesteps")
+    parts = torch.randperm(count, generator=draws)
+    places = torch.rand(count, generator=draws, dtype=torch.float64)
+    uniform = (parts + places) / count
     shifted = shift * uniform / (1 + (shift - 1) * uniform)
     return (shifted * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
-
-
-def repeated(keys: list[Key], draws: int) -> list[Key]:
-    """A key for each of several draws of a sample: (seed, epoch, sample · draws + draw)."""
-    return [(seed, epoch, index * draws + draw) for seed, epoch, index in keys for draw in range(draws)]
-
-
-# ---------------------------------------------------------------- the two things that can be trained
 
 
 def denoising_losses(
@@ -296,37 +303,87 @@ def denoising_losses(
     text: Tensor,
     condition: Tensor | None,
 ) -> Tensor:
-    """Velocity MSE in fp32, one number a sample: mean (velocity − target)².
+    """Velocity MSE in fp32, one number a noise: mean (velocity − target)².
 
     latents, noise: b 16 f h w    timesteps: b    text: b L d    condition: b c f h w or None    returns: b
     """
     noisy = schedule.add_noise(latents, noise, timesteps)
-    velocity = dit(noisy, timesteps.to(noisy.device), text, condition)
+    velocity = dit(noisy, timesteps, text, condition)
     target = schedule.velocity(latents, noise, timesteps)
     return (velocity.float() - target.float()).square().mean((1, 2, 3, 4))
 
 
-def reconstruction_losses(pixels: Tensor, target: Tensor) -> Tensor:
-    """|e| + e² + |∇e|/2 + colour, one number a sample, for e = pixels − target: twice b 3 f h w -> b.
+# ---------------------------------------------------------------- samples to tensors
 
-    The square finds small objects, which the absolute value alone would first leave out; the gradient
-    (differences of neighbouring pixels) sharpens edges. colour is the square of what e changes between the
-    three channels, counted up to five times where the target is colourful, since colour is else learnt late.
-    """
-    error = pixels.float() - target.float()
-    chroma = error - error.mean(1, keepdim=True)
-    colorful = (target - target.mean(1, keepdim=True)).abs().mean(1, keepdim=True)  # 0 … 8/9
-    terms = [error.abs(), error.square(), 0.25 * error.diff(dim=3).abs(), 0.25 * error.diff(dim=4).abs()]
-    terms.append((1 + 4.5 * colorful) * chroma.square())
-    return sum(term.mean((1, 2, 3, 4)) for term in terms)
+
+class Encoders:
+    """The frozen VAE and T5, each loaded when it is first asked and let go by `free`."""
+
+    def __init__(self, model_dir: Path, config: TransformerConfig, dtype: torch.dtype, device: torch.device):
+        """config: of the transformer, which decides what it is shown"""
+        self.model_dir, self.config, self.dtype, self.device = model_dir, config, dtype, device
+        self.kind = model_kind(config)
+        self.tokenizer = Tokenizer.from_pretrained(model_dir)
+
+    @functools.cached_property
+    def vae(self) -> VideoVAE:
+        vae = VideoVAE.from_pretrained(self.model_dir, self.dtype, self.device).requires_grad_(False)
+        with contextlib.suppress(ImportError):  # so that vae_fast.py can be deleted
+            import vae_fast
+
+            vae_fast.speed_up(vae)
+        return vae
+
+    @functools.cached_property
+    def t5(self) -> T5Encoder:
+        return T5Encoder.from_pretrained(self.model_dir, self.dtype, self.device).requires_grad_(False)
+
+    def free(self) -> None:
+        for name in ("vae", "t5"):
+            vars(self).pop(name, None)
+
+    def ids(self, captions: list[str]) -> Tensor:
+        """b L"""
+        return self.tokenizer(captions, self.config.max_text_seq_length).to(self.device)
+
+    @torch.no_grad()
+    def texts(self, captions: list[str]) -> Tensor:
+        """b L d"""
+        return self.t5(self.ids(captions))
+
+    @torch.no_grad()
+    def clips(self, samples: list[Sample]) -> Batch:
+        """Samples of one shape: posteriors of the clips b 32 f' h' w', means and then log-variances, and what
+        the model is shown beside the noisy latents: the control clip's, or what `encode_known` gives."""
+        pixels = pixels_of(samples, self.device)
+        batch = {"latents": torch.cat(self.vae.moments(pixels), dim=1)}
+        if self.kind == "control":
+            control = to_pixels(torch.stack([one.control for one in samples]).to(self.device))
+            batch["control"] = torch.cat(self.vae.moments(control), dim=1)
+        if self.kind == "inpaint":
+            if self.config.add_noise_in_inpaint_model:
+                pixels = torch.stack([self.blurred(p, one.key) for p, one in zip(pixels, samples)])
+            mask = torch.stack([one.mask for one in samples])[:, None].to(self.device)
+            zero = torch.tensor([one.zero_if_all_masked for one in samples], device=self.device)
+            batch |= encode_known(self.vae, pixels, mask, zero)
+        return batch
+
+    def blurred(self, pixels: Tensor, key: Key) -> Tensor:
+        """A sample's pixels with the noise that V1.1 and V1.5 are trained to see on what is known."""
+        draws = generator(*key, "reference noise", device=self.device)
+        noise = torch.randn(pixels.shape, generator=draws, device=self.device)
+        return add_reference_noise(pixels, draw_noise_sigma(generator(*key, "reference sigma")), noise)
+
+
+# ---------------------------------------------------------------- --train dit
 
 
 class Denoising:
-    """--train dit: the transformer (and in some phases the text encoder) learns, the VAE is fixed."""
+    """The transformer, and in some phases the text encoder, learn; the VAE is fixed."""
 
     def __init__(self, config: Config, model_dir: Path, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self.dtype = config, device, dtype
-        self.dit = VideoTransformer.from_pretrained(model_dir, torch.float32, device)
+        self.config, self.model_dir, self.device, self.dtype = config, model_dir, device, dtype
+        self.dit = VideoTransformer.from_pretrained(model_dir, dtype=None)
         if config.in_channels:
             grow_input_channels(self.dit, config.in_channels)
         if config.lora_rank:
@@ -335,151 +392,115 @@ class Denoising:
             torch.manual_seed(config.seed)  # where its matrices start
             add_lora(self.dit, config.lora_rank, config.lora_alpha)
         self.kind = model_kind(self.dit.config)
-        check(self.kind != "image", f"{model_dir} is an image-to-video model, which is not trained here")
-        is_legal = self.dit.position or not config.position
-        check(is_legal, f"--position {config.position}: this model has rotary positions")
+        if self.kind == "image":
+            raise ValueError(f"{model_dir} is an image-to-video model, which is not trained here")
         if config.position:
+            if not self.dit.position:
+                raise ValueError(f"position={config.position}: this model has rotary positions")
             self.dit.config.extra["position"] = self.dit.position = config.position
         if not self.dit.config.use_rotary_positional_embeddings:
             # What all k have in common the softmax does not see: its gradient is nothing but rounding, which
             # AdamW would enlarge to whole steps, other ones with each number of ranks.
             for block in self.dit.transformer_blocks:
                 block.attn1.norm_k.bias.requires_grad_(False)
-        self.model_dir, self.train_text = model_dir, False
-        self.vae_config = checkpoint.read_config(
-            VAEConfig, checkpoint.component_dir(model_dir, "vae") / "config.json"
-        )
-        self.tokenizer = Tokenizer.from_pretrained(model_dir)
+        vae_dir = checkpoint.component_dir(model_dir, "vae")
+        self.vae_config = checkpoint.read_config(VAEConfig, vae_dir / "config.json")
         self.schedule = Schedule.from_pretrained(model_dir)
-
-    # Both are loaded when they are needed first: with a full cache never.
-    @functools.cached_property
-    def vae(self) -> VideoVAE:
-        return VideoVAE.from_pretrained(self.model_dir, self.dtype, self.device).requires_grad_(False)
-
-    @functools.cached_property
-    def t5(self) -> T5Encoder:
-        dtype = torch.float32 if self.train_text else self.dtype
-        return T5Encoder.from_pretrained(self.model_dir, dtype, self.device).requires_grad_(self.train_text)
+        self.encoders = Encoders(model_dir, self.dit.config, dtype, device)
+        self.t5 = None  # where it learns
 
     def plan(self, phase: Phase) -> Plan:
         """What a phase asks of the data."""
-        most = self.config.max_frames
+        max_frames = 1 if phase.pictures else self.config.max_frames
         if self.dit.position == "interpolate":  # a table of positions has an end
-            most = min(most, max_num_frames(self.dit.config))
-        tokens, pairs = phase.max_tokens, self.dit.config.patch_size_t or 1
-        return Plan(phase.resolutions, tokens, self.config.batch_size * tokens, most, pairs)
+            max_frames = min(max_frames, max_num_frames(self.dit.config))
+        return Plan(
+            phase.resolutions,
+            phase.max_tokens,
+            self.config.batch_size * phase.max_tokens,
+            max_frames,
+            self.dit.config.patch_size_t or 1,
+            self.config.masks,
+            self.config.text_only,
+        )
 
-    def begin(self, phase: Phase, held_out: list[tuple[Sample, list[Key]]]) -> dict[str, nn.Module]:
-        """What learns in a phase, by component; held-out samples are encoded once, as the VAE is fixed."""
-        self.train_text = phase.train_text
-        if "t5" in vars(self):
-            self.t5.to(torch.float32 if phase.train_text else self.dtype).requires_grad_(phase.train_text)
-        self.held_out = [(self.encode(batch, keys), batch.caption, keys) for batch, keys in held_out]
-        return {"transformer": self.dit} | ({"text_encoder": self.t5} if phase.train_text else {})
+    def begin(self, phase: Phase) -> dict[str, nn.Module]:
+        """What learns in a phase, by component."""
+        if not phase.train_text:
+            self.t5 = None  # encoders.t5 reads what it has become
+            return {"transformer": self.dit}
+        if self.t5 is None:
+            self.t5 = T5Encoder.from_pretrained(self.model_dir, torch.float32, self.device)
+        return {"transformer": self.dit, "text_encoder": self.t5}
+
+    def encode_texts(self, captions: list[str]) -> Tensor:
+        return self.encoders.ids(captions) if self.t5 else self.encoders.texts(captions)
+
+    def encode(self, samples: list[Sample]) -> Batch:
+        """A micro-batch as tensors, where no cache keeps them."""
+        return self.encoders.clips(samples) | {"text": self.encode_texts([one.caption for one in samples])}
+
+    def losses(self, batch: Batch, micro: Micro) -> Tensor:
+        """One loss for each timestep of the micro-batch: noises_per_clip of them for each sample."""
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        draws = generator(self.config.seed, micro.epoch, micro.number, "noise", device=self.device)
+        timesteps = micro.timesteps.to(self.device, non_blocking=True)
+        latents = self.sampled(batch["latents"], draws)
+        condition = None
+        if self.kind == "control":
+            condition = self.sampled(batch["control"], draws)
+        if self.kind == "inpaint":
+            noise = self.normal(latents.shape, draws)
+            shown = {name: batch[name] for name in ("masked", "known", "zero")}
+            condition = join_condition(**shown, noise=noise, config=self.vae_config).float()
+        text = batch["text"]
+        with self.autocast():
+            if not text.is_floating_point():  # ids
+                text = self.t5(text)
+        if "text_row" in batch:  # each caption once
+            text = text[batch["text_row"]]
+        repeats = len(timesteps) // len(latents)
+        if repeats > 1:
+            latents, text = latents.repeat_interleave(repeats, 0), text.repeat_interleave(repeats, 0)
+            condition = None if condition is None else condition.repeat_interleave(repeats, 0)
+        noise = self.normal(latents.shape, draws)
+        with self.autocast():
+            return denoising_losses(
+                self.dit, self.schedule, latents, noise, timesteps, text.float(), condition
+            )
+
+    def sampled(self, moments: Tensor, draws: torch.Generator) -> Tensor:
+        """Scaled latents b 16 f' h' w', fp32, from means and log-variances b 32 f' h' w'."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return sample_posterior(mean, logvar, self.normal(mean.shape, draws), self.vae_config).float()
+
+    def normal(self, shape: Iterable[int], draws: torch.Generator) -> Tensor:
+        return torch.randn(tuple(shape), generator=draws, device=self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
-    def clip_moments(self, batch: Sample) -> dict[str, Tensor]:
-        """Posteriors of the clips (and controls) as b 32 f' h' w', means and then log-variances."""
-        clips = {"latents": batch.pixels, "control": batch.control if self.kind == "control" else None}
-        return {
-            name: torch.cat(self.vae.moments(clip.to(self.device)), dim=1)
-            for name, clip in clips.items()
-            if clip is not None
-        }
-
-    @torch.no_grad()
-    def condition_moments(self, batch: Sample, keys: list[Key]) -> dict[str, Tensor]:
-        """The same of what an inpaint model is shown, beside the mask: known b 1 f' h' w', zero b."""
-        if self.kind != "inpaint":
-            return {}
-        pixels = batch.pixels.to(self.device)
-        if self.dit.config.add_noise_in_inpaint_model:
-            noise = normal(pixels.shape[1:], keys, "reference noise", self.device)
-            sigmas = [draw_noise_sigma(rng(*key, "reference sigma")) for key in keys]
-            sigma = pixels.new_tensor(sigmas).view(-1, 1, 1, 1, 1)
-            pixels = add_reference_noise(pixels, sigma, noise)
-        chances = torch.cat([torch.rand(1, generator=rng(*key, "mask dropped")) for key in keys])
-        dropped = chances < self.config.text_only
-        mask = (batch.mask | dropped[:, None, None, None])[:, None].to(pixels)
-        return encode_known(self.vae, pixels, mask, (batch.zero_if_all_masked | dropped).to(self.device))
-
-    def text(self, captions: list[str]) -> Tensor:
-        """b L d"""
-        ids = self.tokenizer(captions, self.dit.config.max_text_seq_length).to(self.device)
-        with self.autocast(), torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
-            return self.t5(ids)
-
-    def encode(self, batch: Sample, keys: list[Key]) -> tuple[Tensor, Tensor | None]:
-        """(clean latents b 16 f h w, condition b c f h w or None), both fp32, sampled from the posteriors.
-
-        batch: pixels and masks, or a `cache.Moments` with the moments found for them before
-        """
-
-        def latents(name: str, purpose: str) -> Tensor:
-            mean, logvar = moments[name].chunk(2, dim=1)
-            noise = normal(mean.shape[1:], keys, purpose, self.device)
-            return sample_posterior(mean, logvar, noise, self.vae_config)
-
-        if isinstance(batch, Sample):
-            moments = self.clip_moments(batch) | self.condition_moments(batch, keys)
-        else:
-            moments = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
-        clean, condition = latents("latents", "posterior").float(), None
-        if self.kind == "control":
-            condition = latents("control", "control posterior").float()
-        if self.kind == "inpaint":
-            shape = moments["latents"].shape[1] // 2, *moments["latents"].shape[2:]
-            noise = normal(shape, keys, "masked posterior", self.device)
-            shown = {name: moments[name] for name in ("masked", "known", "zero")}
-            condition = join_condition(**shown, noise=noise, config=self.vae_config).float()
-        return clean, condition
-
-    def losses(self, batch: Sample, keys: list[Key], timesteps: Tensor) -> Tensor:
-        """One loss for each timestep; there are draws_per_clip of them for each sample."""
-        return self.predict(self.encode(batch, keys), batch.caption, keys, timesteps)
-
-    def predict(
-        self, encoded: tuple, captions: list[str] | Tensor, keys: list[Key], timesteps: Tensor
-    ) -> Tensor:
-        """`denoising_losses` of encoded samples, each with as many noises as it has timesteps.
-
-        captions: words, or what T5 made of them, b L d
-        """
-        draws = len(timesteps) // len(keys)
-        text = (self.text(captions) if isinstance(captions, list) else captions.to(self.device)).float()
-        inputs = [x if x is None else x.repeat_interleave(draws, 0) for x in (*encoded, text)]
-        latents, condition, text = inputs
-        noise = normal(latents.shape[1:], repeated(keys, draws), "noise", self.device)
-        with self.autocast():
-            return denoising_losses(self.dit, self.schedule, latents, noise, timesteps, text, condition)
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validate(self, held_out: list[tuple[Batch, Micro]]) -> dict[str, float]:
         """Loss on held-out samples at fixed timesteps and noise, in all and in each band of timesteps."""
-        bands = {}
-        for t in BANDS:
-            losses = [self.predict(*held, torch.full((len(held[-1]),), t)) for held in self.held_out]
-            bands[f"val_loss_{t}"] = torch.cat(losses).mean().item()
-        return {"val_loss": sum(bands.values()) / len(bands), **bands}
+        timesteps = torch.tensor(BANDS)
+        losses = [self.losses(batch, replace(micro, timesteps=timesteps)) for batch, micro in held_out]
+        bands = torch.stack(losses).mean(0).tolist()
+        return {"val_loss": sum(bands) / len(bands)} | {f"val_loss_{t}": b for t, b in zip(BANDS, bands)}
 
-    def preview(self, model_dir: Path, path: Path, shown: Sample, num_steps: int) -> None:
-        """Make a sample from its caption (and control), as gif and as png strip."""
-        models = sample.Models(model_dir, self.dtype, self.device)
+    def preview(self, shown: Sample, num_steps: int):
+        """A video from the caption (and control) of a sample, uint8 f h w 3."""
+        models = sample.load_models(self.model_dir, self.dtype, self.device)
         models.config = self.dit.config
-        there = {"text_encoder": "t5", "vae": "vae"}
-        there = {name: vars(self)[attribute] for name, attribute in there.items() if attribute in vars(self)}
-        models.loaded = {"transformer": self.dit, **there}  # what a cache made needless comes and goes
-        _, f, height, width = shown.pixels.shape
+        models.loaded = {"transformer": self.dit}
+        if self.t5:
+            models.loaded["text_encoder"] = self.t5
+        f, height, width = shown.mask.shape
         settings = {"num_frames": f, "height": height, "width": width, "num_steps": num_steps, "seed": 0}
         if self.kind == "control":
-            settings["control_video"] = to_uint8(shown.control)
+            settings["control_video"] = shown.control.numpy()
         with self.autocast():
-            frames = sample.generate(models, shown.caption, **settings)
-        write_clip(frames, path, self.config.fps)
+            return sample.generate(models, shown.caption, **settings)
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """What learnt, with the transformer's gathered `state`; all else stays the files it was."""
@@ -489,269 +510,8 @@ class Denoising:
             save_lora(self.dit, folder / LORA, state)
         else:
             self.dit.save_pretrained(folder, state=state)
-        if self.train_text:
+        if self.t5:
             self.t5.save_pretrained(folder)
-
-
-class Reconstruction:
-    """--train vae: encoder and decoder learn to give back the pixels through a small posterior."""
-
-    def __init__(self, config: Config, model_dir: Path, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self.dtype = config, device, dtype
-        self.vae = VideoVAE.from_pretrained(model_dir, torch.float32, device)
-        self.vae.encoder.requires_grad_(not config.keep_encoder)
-        self.scaling_factor = self.vae.config.scaling_factor  # of the latents that are kept
-        self.vae.config.scaling_factor = 1.0  # until it is measured, see `save`
-
-    def plan(self, phase: Phase) -> Plan:
-        batch_tokens = self.config.batch_size * phase.max_tokens
-        return Plan(phase.resolutions, phase.max_tokens, batch_tokens, self.config.max_frames)
-
-    def begin(self, phase: Phase, held_out: list[tuple[Sample, list[Key]]]) -> dict[str, nn.Module]:
-        self.held_out = [batch.pixels for batch, _ in held_out]
-        return {"vae": self.vae}
-
-    autocast = Denoising.autocast
-
-    def losses(self, batch: Sample, keys: list[Key], timesteps: Tensor) -> Tensor:
-        """Reconstruction, decoded in Fun's chunks, + kl_weight · KL(posterior, normal) a latent number: b."""
-        pixels = batch.pixels.to(self.device)
-        with self.autocast():
-            mean, logvar = (moment.float() for moment in self.vae.moments(pixels))
-            noise = normal(mean.shape[1:], keys, "posterior", self.device)
-            reconstructed = self.vae.decode(self.vae.posterior(mean, logvar, noise))
-        logvar = logvar.clamp(-30, 20)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
-        return reconstruction_losses(reconstructed, pixels) + self.config.kl_weight * kl
-
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        with self.autocast():
-            return self.vae.encode(pixels.to(self.device))
-
-    @torch.no_grad()
-    def reconstruct(self, pixels: Tensor) -> Tensor:
-        with self.autocast():
-            return self.vae.decode(self.encode(pixels)).float().cpu().clamp(-1, 1)
-
-    def validate(self) -> dict[str, float]:
-        """PSNR in dB on held-out samples, the mean over all of them and over each size."""
-        by_size: dict[str, list[float]] = {}
-        for pixels in self.held_out:
-            mse = (self.reconstruct(pixels) - pixels).square().mean((1, 2, 3, 4))
-            size = f"psnr_{pixels.shape[3]}x{pixels.shape[4]}"
-            by_size.setdefault(size, []).extend((10 * torch.log10(4 / mse)).tolist())
-        by_size = {"psnr": sum(by_size.values(), []), **dict(sorted(by_size.items()))}
-        return {size: sum(values) / len(values) for size, values in by_size.items()}
-
-    def preview(self, model_dir: Path, path: Path, shown: Sample, num_steps: int) -> None:
-        """A sample above its reconstruction."""
-        pixels = shown.pixels[None]
-        both = torch.cat([pixels, self.reconstruct(pixels)], dim=3)
-        write_clip(to_uint8(both[0]), path, self.config.fps)
-
-    def save(self, folder: Path, _) -> None:
-        """With a scaling factor that gives the latents of the held-out samples a standard deviation of 1."""
-        if not self.config.keep_encoder:
-            latents = torch.cat([self.encode(pixels).float().flatten() for pixels in self.held_out])
-            self.scaling_factor = round(1 / latents.std().item(), 6)
-        self.vae.config.scaling_factor = self.scaling_factor
-        self.vae.save_pretrained(folder)
-        self.vae.config.scaling_factor = 1.0
-
-
-def write_clip(frames, path: Path, fps: float) -> None:
-    for suffix in (".gif", ".png") if RANK == 0 else ():
-        write_video(frames, path.with_suffix(suffix), fps)
-
-
-# ---------------------------------------------------------------- what learns, and how
-
-
-def learning_rate(phase: Phase, warmup_steps: int, step: int) -> float:
-    """Linear warm-up, times half a cosine from lr to final_lr over the phase."""
-    progress = min(step / phase.num_steps, 1)
-    decayed = phase.final_lr + (phase.lr - phase.final_lr) * (1 + math.cos(math.pi * progress)) / 2
-    return decayed * min(1, (step + 1) / max(1, warmup_steps))
-
-
-def clip_norm(config: Config, step: int, norm: float) -> float:
-    """The gradient norm to cut to: max_grad_norm, or with wide_clip_steps what the reference's train.py does.
-
-    It allows five times as much at first, falling to max_grad_norm over so many steps; after them a spike of
-    more than five times that is cut below it, by as much as it is too large, ten times at most.
-    """
-    limit, wide_steps = config.max_grad_norm, config.wide_clip_steps
-    if wide_steps is None:
-        return limit
-    limit *= 5 - 4 * min(step / wide_steps, 1)
-    is_spike = step > wide_steps and norm > 5 * limit
-    return limit / min(norm / limit, 10) if is_spike else limit
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices ... m n with all singular values moved near 1 (0.7 … 1.2), by five Newton-Schulz steps.
-
-    Each step multiplies x by a polynomial of x xᵀ, so steps need only that small square: the product of the
-    polynomials is applied to x once, at the end. In float32: bfloat16 would do, but its rounding, enlarged in
-    the weakest directions, would depend on how many ranks have added up the gradient.
-    """
-    is_wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if is_wide else matrices.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    gram = x @ x.mT
-    product = identity = torch.eye(x.shape[-2], device=x.device)
-    for _ in range(5):
-        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        gram = factor @ gram @ factor
-        product = factor @ product
-    x = product @ x
-    return x if is_wide else x.mT
-
-
-class Muon(torch.optim.Optimizer):
-    """Turns the momentum of a matrix (or kernel, with its inputs flattened) into the nearest orthogonal one,
-    so that all its directions learn alike; from scratch that saves most of the steps. Its updates are as
-    large as AdamW's, so one learning rate serves both. (Jordan et al. 2024; arXiv 2502.16982, sec. 2.2)
-
-    Beyond torch.optim.Muon it takes kernels and sharded parameters, whose gradient each rank gathers, and
-    works on equal shapes together, several at a time: alone a small matrix does not keep two cores busy.
-    """
-
-    def __init__(self, params: Iterable[Tensor], weight_decay: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        [group] = self.param_groups
-        shape = operator.attrgetter("shape")
-        learning = sorted((param for param in group["params"] if param.grad is not None), key=shape)
-        for _, alike in itertools.groupby(learning, shape):
-            while params := list(itertools.islice(alike, 8)):  # no more: whole, they take memory
-                update = orthogonal(torch.stack([self.direction(param).flatten(1) for param in params]))
-                update *= 0.2 * max(update.shape[1:]) ** 0.5  # to AdamW's root mean square
-                for param, change in zip(params, update):
-                    param.mul_(1 - group["lr"] * group["weight_decay"])
-                    param.sub_(group["lr"] * spread_like(param, change.view(param.shape)))
-
-    def direction(self, param: Tensor) -> Tensor:
-        """Nesterov's momentum, whole."""
-        [group] = self.param_groups
-        average = self.state[param].setdefault("momentum_buffer", torch.zeros_like(param.grad))
-        average.lerp_(param.grad, 1 - group["momentum"])
-        return whole(param.grad.lerp(average, group["momentum"])).float()
-
-
-class Learner:
-    """The weights that learn (fp32), their optimizers and their EMA, each by the name component/key."""
-
-    def __init__(self, modules: dict[str, nn.Module], config: Config):
-        self.modules, self.config = modules, config
-        params = ((f"{name}/{key}", p) for name, m in modules.items() for key, p in m.named_parameters())
-        self.params = {name: param for name, param in params if param.requires_grad}
-        for param in self.params.values():
-            if not isinstance(param, DTensor):
-                param.data = param.data.clone()  # not a view of the file it was loaded from
-        tables = {m.weight for top in modules.values() for m in top.modules() if isinstance(m, nn.Embedding)}
-        matrices, sharded, others = {}, {}, {}  # one fused AdamW cannot have the latter two
-        for name, param in self.params.items():
-            if config.optimizer == "muon" and param.ndim > 1 and param not in tables:
-                matrices[name] = param
-            else:
-                (sharded if isinstance(param, DTensor) else others)[name] = param
-        decay = {"weight_decay": config.weight_decay}
-        adamw = {"eps": config.adam_eps, "fused": True}
-        self.optimizers, self.moments = [], {}
-        for kind, settings, members in (
-            (torch.optim.AdamW, adamw, others),
-            (torch.optim.AdamW, adamw, sharded),
-            (Muon, {}, matrices),
-        ):
-            if members:
-                self.optimizers.append(kind(members.values(), **settings, **decay))
-                self.moments |= {name: self.optimizers[-1].state[p] for name, p in members.items()}
-        self.ema = {name: p.detach().clone() for name, p in self.params.items()} if config.ema_decay else {}
-
-    def inherit(self, before: "Learner") -> None:
-        """Moments and EMA of the phase before; what learns no more becomes its EMA."""
-        for name, param in before.params.items():
-            if name in self.params:
-                self.moments[name].update(before.moments[name])
-                self.ema.update({name: before.ema[name]} if before.ema else {})
-            elif before.ema:
-                param.data.copy_(before.ema[name])
-
-    def clip(self, step: int) -> float:
-        """Average the gradient over ranks and shorten it if it is too long; returns its norm before that."""
-        gradients = [p.grad for p in self.params.values() if p.grad is not None]
-        average_over_ranks([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
-        kinds = ([g for g in gradients if isinstance(g, DTensor) == sharded] for sharded in (True, False))
-        norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
-        norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
-        limit = clip_norm(self.config, step, norm.item())
-        for gradient in gradients:
-            gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
-        return norm.item()
-
-    def step(self, lr: float) -> None:
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-        for param in self.params.values():
-            param.grad = None
-
-    def update_ema(self, step: int) -> None:
-        """Over the last tenth of the steps at first, so that a short run shows what it learnt."""
-        if self.ema:
-            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-            averages = [part(average) for average in self.ema.values()]
-            weights = [part(param.detach()) for param in self.params.values()]
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The modules hold the EMA weights inside the block."""
-
-        @torch.no_grad()
-        def swap() -> None:  # in place, as a sharded parameter cannot be exchanged for another tensor
-            for name, average in self.ema.items():
-                weight = self.params[name].detach().clone()
-                self.params[name].copy_(average)
-                average.copy_(weight)
-
-        swap()
-        try:
-            yield
-        finally:
-            swap()
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint's component folders do not hold. They hold the EMA weights; but LoRA's file has
-        alpha/rank multiplied in, which rounds."""
-        is_lora = self.config.lora_rank is not None
-        state = {f"ema/{name}": average for name, average in self.ema.items()} if is_lora else {}
-        for name, param in self.params.items():
-            if self.ema or is_lora:
-                state[f"weight/{name}"] = param.data
-            for key, tensor in self.moments[name].items():  # step, exp_avg, exp_avg_sq; momentum_buffer
-                state[f"{key}/{name}"] = tensor
-        return state
-
-    def load(self, folder: Path) -> None:
-        """The inverse of `state`; the modules have been loaded from the checkpoint, so they hold the EMA."""
-        files = checkpoint.weight_files(folder)
-        for full_name, tensor in checkpoint.read_tensors(files, list(files)):
-            key, _, name = full_name.partition("/")
-            param = self.params.get(name)
-            if param is None:  # it learnt in the phase that ended here
-                continue
-            tensor = spread_like(param, tensor)
-            if key == "weight":
-                param.data.copy_(tensor)
-            elif key == "ema":
-                self.ema[name].copy_(tensor)
-            else:
-                self.moments[name][key] = tensor
 
 
 # ---------------------------------------------------------------- the folder of a run
@@ -800,8 +560,8 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
         if model_dir and (model_dir / name).is_dir() and not (from_scratch and name == learns):
             checkpoint.link(model_dir / name, out / name)
         elif config.train == "dit" or name == learns:
-            made = make_component(name, config, out)
-            check(made, f"there is no {name}/ to start from; give --model a checkpoint folder that has one")
+            if not make_component(name, config, out):
+                raise ValueError(f"there is no {name}/ to start from; give a --model that has one")
     checkpoint.write_model_index(out, model_dir, config.in_channels)
 
 
@@ -816,34 +576,70 @@ class Counters:
     batch: int = 0  # of the epoch, the next to be used
     log_bytes: int = 0  # length of log.jsonl
 
-    def advance(self, micro_batches: list[tuple[int, Batch]], phases: tuple[Phase, ...]) -> None:
+    def advance(self, micros: list[Micro], phases: tuple[Phase, ...]) -> None:
         """Behind a step, and into the next phase (with an epoch of its own) where this one ends."""
-        self.step, self.total_steps = self.step + 1, self.total_steps + 1
-        for epoch, _ in micro_batches:
-            self.epoch, self.batch = epoch, self.batch + 1 if epoch == self.epoch else 1
+        self.step += 1
+        self.total_steps += 1
+        self.epoch, self.batch = micros[-1].epoch, micros[-1].number + 1
         if self.step == phases[self.phase].num_steps and self.phase + 1 < len(phases):
             self.phase, self.step, self.epoch, self.batch = self.phase + 1, 0, self.epoch + 1, 0
 
 
-def begin_or_resume(args: argparse.Namespace, config: Config, settings: dict) -> tuple[Path | None, Counters]:
+STATE_VERSION = 2  # 1 drew the noise of each sample by itself
+
+
+def begin_or_resume(
+    out: Path, model_dir: Path | None, config: Config, settings: dict, options: argparse.Namespace
+) -> tuple[Path | None, Counters]:
     """(the checkpoint to go on from, where it is), or (None, the start) after OUT was made ready."""
-    newest = checkpoint.newest_checkpoint(args.out)
+    newest = checkpoint.newest_checkpoint(out)
     if not newest:
-        is_model = args.model and args.out.resolve() == args.model.resolve()
-        check(not is_model, f"--out {args.out} is the folder to start from; choose another")
+        if model_dir and out.resolve() == model_dir.resolve():
+            raise ValueError(f"--out {out} is the folder to start from; choose another")
         if RANK == 0:
-            begin_folder(args.out, args.model, config, args.from_scratch)
-        return None, Counters(phase=args.phase - 1)
-    check(args.resume, f"{args.out} holds a run ({newest.name}); add --resume, or choose another --out")
+            begin_folder(out, model_dir, config, options.from_scratch)
+        return None, Counters(phase=options.phase - 1)
+    if not options.resume:
+        raise ValueError(f"{out} holds a run ({newest.name}); add --resume, or choose another --out")
     state = checkpoint.read_json(newest / "training" / "state.json")
+    remedy = "repeat the settings to resume, or start a new run from it with --model"
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(f"{newest} is of an earlier version; start a new run from it with --model")
     for name, value in settings.items():
         before = state["settings"].get(name, value)  # a checkpoint may be older than a setting
-        remedy = "repeat the settings to resume, or start a new run from it with --model"
-        check(value == before, f"{newest} was trained with {name} = {before}, now it is {value}; {remedy}")
+        if value != before:
+            raise ValueError(f"{newest} was trained with {name} = {before}, now it is {value}; {remedy}")
     say(f"resuming from {newest}")
     if RANK == 0:
-        checkpoint.publish(args.out, newest, args.keep)  # the kill may have come between saving and this
+        checkpoint.publish(out, newest, options.keep)  # the kill may have come between saving and this
     return newest, Counters(**state["counters"])
+
+
+def save(out: Path, keep: int, settings: dict, at: Counters, task, optim: Optim, is_lora: bool) -> None:
+    """A checkpoint: folders like those of --model with EMA weights, and training/ with all else."""
+    at.log_bytes = (out / "log.jsonl").stat().st_size if RANK == 0 else 0
+    state = {"version": STATE_VERSION, "counters": dataclasses.asdict(at), "settings": settings}
+    place = contextlib.nullcontext()
+    if RANK == 0:
+        place = checkpoint.new_checkpoint(out, at.total_steps, keep)
+    with place as folder:
+        training = gather(optim.state(with_ema=is_lora))  # written first: of one rank it is no copy
+        if RANK == 0:
+            checkpoint.save_weights(training, folder / "training", "state")
+            (folder / "training" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        with optim.averaged():
+            weights = gather(task.dit.state_dict() if hasattr(task, "dit") else {})
+            if RANK == 0:
+                task.save(folder, weights)
+    wait_for_ranks()  # as torchrun ends all when one has ended, also one that is still writing
+    say(f"saved step {at.total_steps} in {out / 'checkpoints'}")
+
+
+def shorten(out: Path, dtype: torch.dtype) -> None:
+    """Round the weights in OUT, which is what is used from now on; checkpoints keep theirs."""
+    for network, name in ((VideoTransformer, "transformer"), (VideoVAE, "vae"), (T5Encoder, "text_encoder")):
+        if (out / name).is_dir():
+            network.from_pretrained(out, dtype).save_pretrained(out)
 
 
 # ---------------------------------------------------------------- data
@@ -852,33 +648,73 @@ def begin_or_resume(args: argparse.Namespace, config: Config, settings: dict) ->
 def shape_record(clip, name: str) -> Record:
     """A `shapes.Clip` as the loader takes it."""
     content = (Path(inspect.getfile(type(clip))), repr(clip))
-    return Record(name, clip.scene.caption, clip.num_frames, clip.size, clip.read, content=content)
+    return Record(
+        name, clip.scene.caption, clip.num_frames, clip.size, clip.read, content=content, scene=clip.scene
+    )
 
 
-def open_data(args: argparse.Namespace, config: Config) -> tuple[list[Record], list[Record], dict[str, str]]:
+def open_data(
+    data_name: str, val_data: str | None, num_val: int, config: Config
+) -> tuple[list[Record], list[Record], dict[str, str]]:
     """(training records, held-out records, files that cannot be opened)
 
     shapes: half of the samples square, a quarter each 2:3 and 3:2; a third are pictures, which show colours
         and shapes at less cost than clips. Held out are the combinations of `shapes.is_held_out`.
     Files: --val-data, or every tenth sample, at most --num-val.
     """
-    if args.data == "shapes":
+    if data_name == "shapes":
         import shapes
 
         num, pictures, seed = config.num_shapes, config.num_shapes // 3, config.seed
         sizes = [(128, 128), (104, 156), (128, 128), (156, 104)]
         clips = shapes.records(num - pictures, seed, sizes=sizes, num_frames=config.max_frames)
         clips += shapes.records(pictures, seed + 1, sizes=sizes, num_frames=1)
-        unseen = shapes.records(args.num_val, seed + 2, True, sizes, config.max_frames)
-        lists = [[(f"shape {i}: {c.scene.caption()}", c) for i, c in enumerate(cs)] for cs in (clips, unseen)]
-        return *[[shape_record(clip, name) for name, clip in named] for named in lists], {}
-    records, failures = data.open_records(data.read_metadata(args.data), config.fps)
-    if args.val_data:
-        held_out, more = data.open_records(data.read_metadata(args.val_data), config.fps)
-        return records, held_out[: args.num_val], failures | more
-    chosen = set(range(9, len(records), 10)[: args.num_val]) or {len(records) - 1}
+        unseen = shapes.records(num_val, seed + 2, True, sizes, config.max_frames)
+        lists = [[shape_record(c, f"shape {i}: {c.scene.caption()}") for i, c in enumerate(cs)]
+                 for cs in (clips, unseen)]  # fmt: skip
+        return *lists, {}
+    records, failures = data.open_records(data.read_metadata(data_name), config.fps)
+    if val_data:
+        held_out, more = data.open_records(data.read_metadata(val_data), config.fps)
+        return records, held_out[:num_val], failures | more
+    chosen = set(range(9, len(records), 10)[:num_val]) or {len(records) - 1}
     held_out = [record for i, record in enumerate(records) if i in chosen]
     return [r for i, r in enumerate(records) if i not in chosen] or held_out, held_out, failures
+
+
+def held_out_micros(records: list[Record], plan: Plan, seed: int) -> list[Micro]:
+    """A micro-batch for each held-out sample, of the same crop, mask and noise each time."""
+    micros = []
+    for index, record in enumerate(records):
+        key = (seed, VALIDATION, index)
+        bucket = data.choose_bucket(record, plan, generator(*key, "resolution"))
+        micros.append(Micro(bucket, [index], [key], VALIDATION, index))
+    return micros
+
+
+def make_cache(
+    config: Config, folder: Path | None, digests: list[str], task: Denoising, loader: Loader, plan: Plan
+):
+    """Where encoded samples are kept: `folder`, with the digests of the records' contents; or the device."""
+    from cache import DeviceCache, DiskCache, files_digest  # so that it can be deleted
+
+    read = functools.partial(load_sample, plan=plan)
+    encoding = loader, read, task.encoders.clips, task.encode_texts
+    if folder is None:
+        return DeviceCache(*encoding, device=task.device)
+    weights = {name: files_digest(task.model_dir / name) for name in ("vae", "text_encoder", "tokenizer")}
+    dit = task.dit.config
+    text_settings = (weights["tokenizer"], dit.max_text_seq_length)
+    if not task.t5:  # while it learns, ids are all there is to keep
+        text_settings += (weights["text_encoder"], str(task.dtype))
+    shown = (task.kind, dit.add_noise_in_inpaint_model, config.masks, plan.text_only, data.TEXT_ONLY)
+    return DiskCache(
+        *encoding,
+        folder=folder,
+        settings=(weights["vae"], str(task.dtype), config.fps, *shown),
+        text_settings=text_settings,
+        digests=digests,
+    )
 
 
 # ---------------------------------------------------------------- seeing it learn
@@ -910,9 +746,13 @@ def draw_curve(log: Path, path: Path, width: int = 960, height: int = 480) -> No
 
 
 def gib_used(device: torch.device) -> float:
-    """At most so far: of the device's memory, or of this process."""
+    """At most so far: of the device's memory, or of this process; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
 
 
@@ -921,171 +761,197 @@ def as_time(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
-# ---------------------------------------------------------------- a run
+def describe(task, phase: Phase, config: Config, plan: Plan, optim: Optim, micros: list[Micro], out: Path):
+    """What will happen, before it does."""
+    size = sum(param.numel() for param in optim.params.values()) / 1e6
+    names = ", ".join(dict.fromkeys(name.partition("/")[0] for name in optim.params))
+    resolutions = ", ".join(map(str, phase.resolutions))
+    say(
+        f"training {names}: {size:.2f} M parameters on {task.device} in {str(task.dtype)[6:]} -> {out}\n"
+        f"a step is {phase.global_batch // config.batch_size} micro-batches of up to {plan.batch_tokens} "
+        f"video tokens, with {config.noises_per_clip} noise(s) a sample, on {NUM_RANKS} rank(s)\n"
+        f"{phase.num_steps} steps at resolutions {resolutions}, up to {phase.max_tokens} tokens and "
+        f"{plan.max_frames} frames; the shapes of the epoch:\n{data.bucket_table(micros)}"
+    )
 
 
-class Run:
-    """A run: what was asked for, what learns and from which samples, and where it is. Its loop is `train`."""
+class Log:
+    """OUT/log.jsonl, a line a step, and the same for people on the terminal; on rank 0 alone."""
 
-    def __init__(self, args: argparse.Namespace, config: Config, signals: list[int]):
-        self.args, self.config, self.signals, self.out = args, config, signals, args.out
-        self.records, self.held_out_records, failures = open_data(args, config)
-        self.loader = Loader(self.records, config.seed, failures, args.num_workers, say=say)
-        self.loader.say = print  # the above each rank knows, from here on each meets files of its own
-        check(self.records and self.held_out_records, "there are no samples to train on")
-        device, dtype = choose_device(args)
-        settings = {name: str(getattr(args, name)) for name in ("data", "val_data", "num_val")}
-        settings |= {"dtype": str(dtype)[6:], **dataclasses.asdict(config)}
-        self.settings = json.loads(json.dumps(settings))  # what has to be the same when a run is resumed
-        if RANK > 0:
-            wait_for_ranks()  # until rank 0 has made the folder ready
-        self.resumed, self.at = begin_or_resume(args, config, self.settings)
+    def __init__(self, path: Path, length: int, num_steps: int):
+        self.path, self.num_steps, self.pace = path, num_steps, 0.0  # pace: seconds a step, lately
         if RANK == 0:
-            wait_for_ranks()
-        kinds = {"dit": Denoising, "vae": Reconstruction}
-        self.task = kinds[config.train](config, self.out, device, dtype)
-        if config.train == "dit":
-            self.task.dit.activation_checkpointing = args.activation_checkpointing
-            for block in self.task.dit.transformer_blocks if args.compile else []:
-                block.compile()
-            if not args.replicate:
-                shard(self.task.dit, device)
-        needs_control = config.train == "dit" and self.task.kind == "control"
-        for record in self.records + self.held_out_records if needs_control else []:
-            check(record.read_control, f"{record.name} has no control_file_path, which a control model needs")
-        self.log_file = self.out / "log.jsonl"
-        if RANK == 0:
-            self.log_file.touch()
-            os.truncate(self.log_file, min(self.at.log_bytes, self.log_file.stat().st_size))  # as it was then
-        steps_left = sum(phase.num_steps for phase in config.phases[self.at.phase :]) - self.at.step
-        self.num_steps = min(args.num_steps or math.inf, self.at.total_steps + steps_left)
-        self.learner, self.pace = None, 0.0  # seconds a step, lately
+            path.touch()
+            os.truncate(path, min(length, path.stat().st_size))  # as it was when the checkpoint was written
 
-    def keys(self, epoch: int, batch: Batch) -> list[Key]:
-        return [(self.config.seed, epoch, index) for index in batch.indices]
-
-    def batches(self, records: list[Record], epoch: int) -> list[tuple[int, Batch]]:
-        """(epoch, micro-batch) for all of an epoch."""
-        return [(epoch, batch) for batch in epoch_batches(records, self.plan, self.config.seed, epoch)]
-
-    def begin_phase(self) -> None:
-        """Held-out samples in the shapes of this phase, and what learns in it: resumed, or from the last."""
-        self.phase = self.config.phases[self.at.phase]
-        self.plan = self.task.plan(self.phase)
-        learns_text = [phase.train_text for phase in self.config.phases[self.at.phase :]]
-        if self.args.cache_latents:
-            from cache import LatentCache  # here, so that cache.py can be deleted
-
-            cache = LatentCache(self.args.cache_latents, self.task, with_text=not any(learns_text))
-            self.loader.read, self.loader.join = cache.read, cache.join
-        reading = {"read": self.loader.read, "join": self.loader.join}
-        loader = Loader(self.held_out_records, self.config.seed, max_failures=1.0, **reading)
-        todo = self.batches(self.held_out_records, VALIDATION_EPOCH)  # the same crops and draws each time
-        held_out = [(samples, self.keys(*micro_batch)) for *micro_batch, samples in loader.batches(todo)]
-        before, self.learner = self.learner, Learner(self.task.begin(self.phase, held_out), self.config)
-        if before:
-            self.learner.inherit(before)
-        elif self.resumed:
-            self.learner.load(self.resumed / "training")
-
-    def deal(self) -> Iterator[list[tuple[int, Batch]]]:
-        """Global batches from where the run is on, through all epochs: lists of (epoch, micro-batch).
-
-        The list is fixed by plan and seed; of each, a rank works on every NUM_RANKS-th.
-        """
-        epochs = (self.batches(self.records, epoch) for epoch in itertools.count(self.at.epoch))
-        micro_batches = itertools.islice(itertools.chain.from_iterable(epochs), self.at.batch, None)
-        while True:
-            yield list(itertools.islice(micro_batches, self.phase.global_batch // self.config.batch_size))
-
-    def describe(self) -> None:
-        """What will happen, before it does."""
-        phase, plan, task, draws = self.phase, self.plan, self.task, self.config.draws_per_clip
-        size = sum(param.numel() for param in self.learner.params.values())
-        say(
-            f"training {', '.join(self.learner.modules)}: {size / 1e6:.2f} M parameters on {task.device} in "
-            f"{str(task.dtype)[6:]} -> {self.out}\n"
-            f"{len(self.records)} samples; a step is {phase.global_batch // self.config.batch_size} "
-            f"micro-batches of up to {plan.batch_tokens} video tokens, x {draws} draws, on {NUM_RANKS} "
-            f"rank{'s' * (NUM_RANKS > 1)}\n"
-            f"{phase.num_steps} steps at resolutions {', '.join(map(str, phase.resolutions))}, up to "
-            f"{phase.max_tokens} tokens and {plan.max_frames} frames; the shapes of epoch {self.at.epoch}:\n"
-            + data.bucket_table([batch for _, batch in self.batches(self.records, self.at.epoch)])
-        )
-
-    def check_finite(self, value: float, micro_batches: list[tuple[int, Batch]]) -> None:
-        names = [self.records[index].name for _, batch in micro_batches for index in batch.indices]
-        check(math.isfinite(value),
-              f"step {self.at.total_steps + 1}: loss or gradient is not finite; the weights are untouched. "
-              f"Lower --lr, or look at the files of this batch: {', '.join(names)}")  # fmt: skip
-
-    def log(self, entry: dict, line: str) -> None:
+    def write(self, entry: dict, line: str) -> None:
         if RANK > 0:
             return
         try:
-            with self.log_file.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
-            remedy = "make room and --resume"
-            raise OSError(f"cannot write {self.log_file} ({error.strerror}); {remedy}") from None
+            reason = error.strerror
+            raise OSError(f"cannot write {self.path} ({reason}); make room and --resume") from None
         print(line, flush=True)
 
-    def log_step(self, micro_batches: list, seconds: float, waited: float, **numbers: float) -> None:
-        """numbers: loss, grad_norm, lr"""
-        num_tokens = sum(batch.bucket.tokens * len(batch.indices) for _, batch in micro_batches)
-        entry = {"step": self.at.total_steps + 1, "phase": self.at.phase + 1, "epoch": micro_batches[-1][0]}
-        entry |= numbers | {"tokens_per_s": num_tokens * self.config.draws_per_clip / seconds}
-        entry |= {"wait": waited / seconds, "gib": gib_used(self.task.device), "seconds": seconds}
+    def step(self, at: Counters, seconds: float, **numbers: float) -> None:
+        """numbers: loss, grad_norm, lr, tokens_per_s, wait, gib"""
+        entry = {"step": at.total_steps + 1, "phase": at.phase + 1, **numbers, "seconds": seconds}
         self.pace = 0.9 * self.pace + 0.1 * seconds if self.pace else seconds
         left = as_time(self.pace * (self.num_steps - entry["step"]))
         text = ("phase {phase} step {step}/{of}  loss {loss:.4f}  grad {grad_norm:.3f}  lr {lr:.2e}  "
                 "{tokens_per_s:.0f} tokens/s  wait {wait:.0%}  {gib:.2f} GiB  {left} left")  # fmt: skip
-        self.log(entry, text.format(**entry, of=self.num_steps, left=left))
+        self.write(entry, text.format(**entry, of=self.num_steps, left=left))
 
-    def validate(self) -> None:
-        with self.learner.averaged():
-            result = self.task.validate()
-        step, shown = self.at.total_steps, "  ".join(f"{name} {value:.4g}" for name, value in result.items())
-        self.log({"step": step, **result}, f"held out at step {step}: {shown}")
+    def validation(self, step: int, found: dict[str, float]) -> None:
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
+        self.write({"step": step, **found}, f"held out at step {step}: {shown}")
         if RANK == 0:
-            draw_curve(self.log_file, self.out / "loss.png")
+            draw_curve(self.path, self.path.with_name("loss.png"))
 
-    def preview(self) -> None:
-        loader = Loader(self.held_out_records, self.config.seed, max_failures=1.0)
-        batches = self.batches(self.held_out_records, VALIDATION_EPOCH)
-        for i, (epoch, batch) in enumerate(batches[: self.args.num_previews]):
-            shown = loader.load(batch.bucket, epoch, batch.indices[0])
-            path = self.out / "previews" / f"step-{self.at.total_steps:06d}-{i}"
-            with self.learner.averaged():
-                self.task.preview(self.out, path, shown, self.args.preview_steps)
-            say(f"{path}.gif and .png: {shown.caption}")
 
-    def save(self) -> None:
-        """A checkpoint: folders like those of --model with EMA weights, and training/ with all else."""
-        self.at.log_bytes = self.log_file.stat().st_size
-        state = {"counters": dataclasses.asdict(self.at), "settings": self.settings}
-        place = checkpoint.new_checkpoint(self.out, self.at.total_steps, self.args.keep)
-        with place if RANK == 0 else contextlib.nullcontext() as folder:
-            training = gather(self.learner.state())  # written first: of one rank it is no copy
-            if RANK == 0:
-                checkpoint.save_weights(training, folder / "training", "state")
-                (folder / "training" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-            with self.learner.averaged():
-                weights = gather(self.task.dit.state_dict() if self.config.train == "dit" else {})
-                if RANK == 0:
-                    self.task.save(folder, weights)
-        wait_for_ranks()  # as torchrun ends all when one has ended, also one that is still writing
-        say(f"saved step {self.at.total_steps} in {self.out / 'checkpoints'}")
+def check_finite(numbers: list[float], step: int, micros: list[Micro], records: list[Record]) -> None:
+    if not all(map(math.isfinite, numbers)):
+        names = [records[index].name for micro in micros for index in micro.indices]
+        shown = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
+        raise ValueError(
+            f"step {step}: loss or gradient is not finite; the weights are untouched. "
+            f"Lower --lr, or look at the files of this batch: {shown}"
+        )
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(
+    task, config: Config, settings: dict, options, at: Counters, resumed: Path | None, files, signals
+) -> bool:
+    """All phases, from where the run is to its end or to a signal; returns whether it was one.
+
+    task: Denoising, or train_vae.Reconstruction    files: what `open_data` gave
+    """
+    out, (records, held_out_records, failures) = options.out, files
+    steps_left = sum(phase.num_steps for phase in config.phases[at.phase :]) - at.step
+    num_steps = min(options.num_steps or math.inf, at.total_steps + steps_left)
+    log = Log(out / "log.jsonl", at.log_bytes, num_steps)
+    loader = Loader(records, failures, options.num_workers, say=print)
+    held_out_loader = Loader(held_out_records, max_failures=1.0)
+    optim, cache, digests, stop = None, None, [], False
+    if options.cache_latents:
+        from cache import content_digests
+
+        digests = content_digests(records)
+    names = [int(digest, 16) for digest in digests]  # so an entry does not depend on its place in the list
+
+    while at.total_steps < num_steps and not stop:
+        # ---- a phase begins: what learns, its samples, and the held-out ones in its shapes
+        phase = config.phases[at.phase]
+        plan = task.plan(phase)
+        read = functools.partial(load_sample, plan=plan)
+        before = optim
+        optim = Optim(
+            task.begin(phase), config.optimizer, config.weight_decay, config.adam_eps, config.ema_decay
+        )
+        if before:
+            optim.inherit(before)
+        elif resumed:
+            optim.load(resumed / "training")
+        epochs = Epochs(records, plan, config.seed, config.cached_draws, config.keep_on_device, names)
+        micros_per_step = phase.global_batch // config.batch_size
+        unseen = held_out_micros(held_out_records, plan, config.seed)
+        held_out = [
+            (task.encode(samples), m) for m, samples in zip(unseen, held_out_loader.each(unseen, read))
+        ]
+        if config.cached_draws:
+            if not cache or options.cache_latents:  # a folder's texts are named by what T5 has become
+                cache = make_cache(config, options.cache_latents, digests, task, loader, plan)
+            cache.read = read
+            todo = min(phase.num_steps - at.step, num_steps - at.total_steps)
+            asked = list(epochs.asked(at.epoch, at.batch, micros_per_step, todo))
+            began = time.perf_counter()
+            count = cache.fill(asked if options.cache_latents is None else asked[RANK::NUM_RANKS])
+            say(f"{count} samples encoded in {as_time(time.perf_counter() - began)}")
+            task.encoders.free()
+            wait_for_ranks()
+        todo, ahead = itertools.tee(epochs.steps(at.epoch, at.batch, micros_per_step))
+        mine = (micro for micros in ahead for micro in micros[RANK::NUM_RANKS])
+        batches = cache.batches(mine) if cache else map(task.encode, loader.each(mine, read))
+        describe(task, phase, config, plan, optim, epochs.micros(at.epoch), out)
+
+        if at.total_steps == 0:
+            validate(task, optim, held_out, log, 0)  # where it starts
+
+        # ---- its steps; `micros` is the same list on every rank
+        for micros in todo:
+            start, waited = time.perf_counter(), 0.0
+            count = sum(len(micro.keys) for micro in micros) * config.noises_per_clip
+            timesteps = stratified_timesteps(config.seed, at.total_steps, count, config.timestep_shift)
+            parts = timesteps.split([len(micro.keys) * config.noises_per_clip for micro in micros])
+            for micro, part in zip(micros, parts):
+                micro.timesteps = part
+            loss = torch.zeros((), device=task.device)
+            for micro in micros[RANK::NUM_RANKS]:
+                asked_at = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked_at
+                share = task.losses(batch, micro).sum() / count
+                # The gradient is the mean over all noises, however they are cut; over ranks FSDP averages.
+                (share * NUM_RANKS).backward()
+                loss += share.detach()
+            norm = optim.grad_norm()
+            loss, norm = torch.stack([loss, norm.to(loss)]).tolist()  # the one wait for the device in a step
+            check_finite([loss, norm], at.total_steps + 1, micros, records)
+            optim.clip(norm, clip_norm(at.total_steps, norm, config.max_grad_norm, config.wide_clip_steps))
+            lr = learning_rate(at.step, phase.num_steps, phase.lr, phase.final_lr, config.warmup_steps)
+            optim.step(lr)
+            optim.update_ema(at.total_steps)
+
+            sums = torch.tensor([loss, len(signals)], dtype=torch.float64)
+            loss, stop = sum_over_ranks(sums).tolist()
+            seconds = time.perf_counter() - start
+            num_tokens = (
+                sum(micro.bucket.tokens * len(micro.keys) for micro in micros) * config.noises_per_clip
+            )
+            log.step(at, seconds, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=num_tokens / seconds,
+                     wait=waited / seconds, gib=gib_used(task.device))  # fmt: skip
+            at.advance(micros, config.phases)
+
+            is_last = at.total_steps == num_steps or at.step == 0  # of the run, or of the phase
+            if is_last or at.total_steps % options.val_every == 0:
+                validate(task, optim, held_out, log, at.total_steps)
+            if is_last or at.total_steps % options.preview_every == 0:
+                for micro in unseen[: options.num_previews]:
+                    shown = held_out_loader.load(micro.bucket, micro.indices[0], micro.keys[0], read)
+                    path = out / "previews" / f"step-{at.total_steps:06d}-{micro.number}"
+                    with optim.averaged(), torch.compiler.set_stance("force_eager"):
+                        frames = task.preview(shown, options.preview_steps)
+                    write_preview(frames, path, config.fps, shown.caption)
+            if is_last or stop or at.total_steps % options.save_every == 0:
+                save(out, options.keep, settings, at, task, optim, config.lora_rank is not None)
+            if is_last or stop:
+                break
+        if hasattr(batches, "close"):
+            batches.close()
+    if config.save_dtype and not stop and RANK == 0:
+        shorten(out, getattr(torch, config.save_dtype))
+    return bool(stop)
+
+
+def validate(task, optim: Optim, held_out: list[tuple[Batch, Micro]], log: Log, step: int) -> None:
+    """With the averaged weights; in shapes of their own, which are not worth compiling."""
+    with optim.averaged(), torch.compiler.set_stance("force_eager"):
+        log.validation(step, task.validate(held_out))
+
+
+def write_preview(frames, path: Path, fps: float, caption: str) -> None:
+    if RANK == 0:
+        for suffix in (".gif", ".png"):
+            write_video(frames, path.with_suffix(suffix), fps)
+    say(f"{path}.gif and .png: {caption}")
 
 
 # ---------------------------------------------------------------- the command line
-
-
-def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device asked for or the best there is; bfloat16 where it computes in it, else float32."""
-    device = find_device(args.device)
-    dtype = args.dtype or ("bfloat16" if computes_bfloat16(device) else "float32")
-    return device, getattr(torch, dtype)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -1095,206 +961,215 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    """The command line, and the preset with what it changes."""
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} should be at least 1")
+    return number
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     description = "Train the VAE, or train and fine-tune the transformer, of CogVideoX and CogVideoX-Fun."
-    parser = sample.Parser(prog="train.py", description=description, allow_abbrev=False,
-                           formatter_class=HelpFormatter)  # fmt: skip
+    parser = sample.Parser(
+        prog="train.py", description=description, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="tiny", help="settings to start from, see Config")
     add("--train", choices=["dit", "vae"], default="dit", help="what learns")
-    add("--data", default="shapes", help="metadata .json or .jsonl, a folder, or shapes: the drawn world")
+    add("--data", default="shapes", help="metadata .json, .jsonl or .csv, a folder, or shapes: a drawn world")
     add("--val-data", help="held-out samples; else some of --data")
     add("--model", help="folder or hub id to start from; what it lacks is made from the preset")
     add("--from-scratch", action="store_true", help="new weights for what learns, even where --model has it")
     add("--out", type=Path, help="folder to write; default runs/PRESET or runs/PRESET-vae")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    add("--phase", type=int, default=1, help="the phase to start with, 1 … 3")
-    add("--num-steps", type=int, help="stop after so many steps in all; else at the end of the last phase")
-    add("--phase-steps", type=int, nargs="+", help="steps of each phase (the preset's)")
-    add = parser.add_argument_group("in place of the preset's values, in every phase").add_argument
-    add("--resolutions", type=int, nargs="+", help="base sizes")
-    add("--max-tokens", type=int, help="tokens of a clip")
-    add("--num-frames", type=int, dest="max_frames", help="most frames of a clip")
-    add("--fps", type=float, help="frames a second to read files at")
-    add("--batch-size", type=int, help="clips of max-tokens in a micro-batch; more where they are smaller")
-    add("--grad-accum", type=int, help="micro-batches in a step")
-    add("--draws-per-clip", type=int, help="noises and timesteps for each encoded clip")
-    add("--timestep-shift", type=float, help="above 1: more of the noisy timesteps")
-    add(
-        "--text-only",
-        type=float,
-        help="share of inpaint samples that get nothing but text, beyond the report's",
+    phases = "; ".join(
+        f"{name} {', '.join(f'{i}: {p.max_tokens} tokens' for i, p in enumerate(preset['dit'].phases, 1))}"
+        for name, preset in PRESETS.items()
     )
+    add("--phase", type=positive, default=1, help=f"the phase to start with, of {phases}")
+    add("--num-steps", type=positive, help="stop after so many steps in all; else behind the last phase")
+    add = parser.add_argument_group("in place of the preset's values; they change the numbers").add_argument
+    add("--phase-steps", type=positive, nargs="+", help="steps of each phase")
+    add("--resolutions", type=positive, nargs="+", help="base sizes, in every phase")
+    add("--max-tokens", type=positive, help="tokens of a clip, in every phase")
     add("--lr", type=float, nargs="+", help="constant learning rate; or first and last of half a cosine")
-    add("--optimizer", choices=["adamw", "muon"])
-    add("--warmup-steps", type=int)
-    add("--weight-decay", type=float)
-    add("--max-grad-norm", type=float)
-    add("--ema-decay", type=float, help="0: none")
-    add("--kl-weight", type=float)
-    add("--keep-encoder", action="store_true", default=None, help="--train vae: only the decoder learns")
-    add("--lora-rank", type=int, help=f"learn LoRA of this rank: OUT/{LORA}, for sample.py --lora")
+    add("--grad-accum", type=positive, help="micro-batches in a step")
+    add(
+        "--batch-size",
+        type=positive,
+        help="clips of max-tokens in a micro-batch; more where they are smaller",
+    )
+    add("--num-frames", type=positive, dest="max_frames", help="most frames of a clip")
+    add("--fps", type=float, help="frames a second to read files at")
+    add("--lora-rank", type=positive, help=f"learn LoRA of this rank: OUT/{LORA}, for sample.py --lora")
     add("--lora-alpha", type=float, help="how much it counts, as alpha/rank; the rank if not given")
-    add("--in-channels", type=int, help="16, 32 or 33: grow the transformer's input")
-    add("--position", choices=POSITIONS, help="sincos positions off the native grid")
-    add("--num-shapes", type=int, help="clips in an epoch of --data shapes")
-    add("--cached-draws", type=int, help="masks kept of each clip, with --cache-latents; 4")
+    add("--in-channels", type=positive, help="16, 32 or 33: grow the transformer's input")
+    add("--cache-latents", type=Path, metavar="DIR",
+        help="encode every sample once, under 4 draws of mask and crop, and keep it here")  # fmt: skip
     add("--seed", type=int)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; bfloat16 where it is fast")
-    add("--num-val", type=int, default=16, help="samples held out")
+    add("--num-val", type=positive, default=16, help="samples held out")
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+        help="any other field of Config, ema_decay=0 or dit.num_layers=4 for instance")  # fmt: skip
     add = parser.add_argument_group("without influence on the numbers").add_argument
     add("--device", help="default: the best there is")
     add("--activation-checkpointing", nargs="?", const="full", choices=list(CHECKPOINTING),
         help="less memory, a third more time; attention: keep its output, a little more of both")  # fmt: skip
-    add("--cache-latents", type=Path, metavar="DIR", help="keep what VAE and T5 say of the data")
+    add("--offload", action="store_true", help="weights, gradients and moments stay in the host's memory")
     add("--compile", action="store_true", help="compile the transformer's blocks")
-    add(
-        "--replicate",
-        action="store_true",
-        help="no FSDP: each rank has the whole transformer, if it is small",
-    )
-    add("--num-workers", type=int, default=4, help="threads that load data")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
-    add("--keep", type=int, default=3, help="how many checkpoints stay")
-    add("--val-every", type=int, default=250, help="steps between validations")
-    add("--preview-every", type=int, default=1000, help="steps between previews")
+    add("--num-workers", type=positive, default=4, help="threads that load data")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints")
+    add("--keep", type=positive, default=3, help="how many checkpoints stay")
+    add("--val-every", type=positive, default=250, help="steps between validations")
+    add("--preview-every", type=positive, default=1000, help="steps between previews")
     add("--num-previews", type=int, default=3)
-    add("--preview-steps", type=int, default=25, help="sampling steps of a preview")
+    add("--preview-steps", type=positive, default=25, help="sampling steps of a preview")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / (args.preset + ("-vae" if args.train == "vae" else ""))
-    if not args.model and args.preset == "tiny" and args.train == "dit":
-        args.model = "runs/tiny-vae"  # what --train vae makes
-        remedy = "run --train vae first, or give --model a folder with vae/"
-        check(Path(args.model).is_dir(), f"there is no {args.model} yet; {remedy}")
+    if not args.model and args.preset.startswith("tiny") and args.train == "dit":
+        args.model = f"runs/{args.preset}-vae"  # what --train vae makes
+        if not Path(args.model).is_dir():
+            remedy = "run --train vae first, or give --model a folder with vae/"
+            raise ValueError(f"there is no {args.model} yet; {remedy}")
     args.model = checkpoint.find_model(args.model) if args.model else None
-    return args, make_config(args)
+    return args
 
 
-AT_LEAST_ONE = """batch_size draws_per_clip max_frames fps num_shapes save_every val_every preview_every keep
-num_val num_workers preview_steps num_steps grad_accum max_tokens lora_rank cached_draws""".split()
+def set_field(config, assignment: str):
+    """A dataclass with FIELD=VALUE changed; FIELD may lead into another, as in dit.num_layers."""
+    name, is_given, text = assignment.partition("=")
+    first, _, rest = name.partition(".")
+    if not is_given or not hasattr(config, first) or first == "phases":
+        names = ", ".join(f.name for f in dataclasses.fields(config) if f.name not in ("phases", "extra"))
+        raise ValueError(f"--set {assignment}: should be FIELD=VALUE, with one of {names}")
+    if rest:
+        return replace(config, **{first: set_field(getattr(config, first), f"{rest}={text}")})
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    hint = typing.get_type_hints(type(config))[first]
+    kinds = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is dict:
+        kinds = (dict,)
+    if type(value) is int and float in kinds:
+        value = float(value)
+    if type(value) not in kinds:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"--set {assignment}: {first} should be of type {names}")
+    return replace(config, **{first: value})
 
 
 def make_config(args: argparse.Namespace) -> Config:
     """The preset with the command line's changes; ValueError for what cannot be."""
-    preset = PRESETS[args.preset][args.train]
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    names = {field.name for field in dataclasses.fields(Config)} - {"phases", "train"}
-    config = replace(preset, **{name: given[name] for name in names & given.keys()})
-    rates = args.lr or [None]
-    check(len(rates) <= 2, f"--lr takes one number or two, the first and the last, not {len(rates)}")
-    changes = {"lr": rates[0], "final_lr": rates[-1], "max_tokens": args.max_tokens}
-    changes["resolutions"] = args.resolutions and tuple(args.resolutions)
-    changes["global_batch"] = args.grad_accum and config.batch_size * args.grad_accum
-    changes["train_text"] = False if args.lora_rank else None  # its file holds the transformer's part alone
-    changes = {name: value for name, value in changes.items() if value is not None}
+    config = PRESETS[args.preset][args.train]
+    for assignment in args.set:
+        config = set_field(config, assignment)
+    names = {f.name for f in dataclasses.fields(Config)} - {"phases", "train"}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    config = replace(config, **given)
+    if args.cache_latents:
+        config = replace(config, cached_draws=config.cached_draws or 4, keep_on_device=False)  # 4: not tuned
+
+    changes = {}
+    if args.lr:
+        changes |= {"lr": args.lr[0], "final_lr": args.lr[-1]}
+    if args.max_tokens:
+        changes["max_tokens"] = args.max_tokens
+    if args.resolutions:
+        changes["resolutions"] = tuple(args.resolutions)
+    if args.grad_accum:
+        changes["global_batch"] = config.batch_size * args.grad_accum
+    if args.lora_rank:
+        changes["train_text"] = False  # its file holds the transformer's part alone
     steps = args.phase_steps or [phase.num_steps for phase in config.phases]
-    phases = [replace(phase, num_steps=n, **changes) for phase, n in zip(config.phases, steps)]
+    if len(steps) > len(config.phases):
+        raise ValueError(f"--phase-steps has {len(steps)} numbers, {args.preset} {len(config.phases)} phases")
+    phases = tuple(replace(phase, num_steps=n, **changes) for phase, n in zip(config.phases, steps))
+    config = replace(config, phases=phases)
+    check_config(config, args)
+    return config
 
-    count = len(phases)
-    for name in AT_LEAST_ONE:
-        value = given.get(name, 1)
-        check(value >= 1, f"--{name.replace('_', '-')} {value} should be at least 1")
-    check(len(steps) <= count, f"--phase-steps has {len(steps)} numbers, {args.preset} {count} phases")
-    check(min(steps) >= 1, f"--phase-steps {min(steps)} should be at least 1")
-    check(1 <= args.phase <= count, f"--phase {args.phase} is not among the {count} phases of {args.preset}")
-    nearest = config.max_frames // 4 * 4 + 1
-    is_legal = nearest == config.max_frames
-    check(is_legal, f"--num-frames {config.max_frames}; the VAE needs 4k+1, try {nearest}")
-    check(config.timestep_shift > 0, f"--timestep-shift {config.timestep_shift} should be above 0; 1 is none")
-    check(0 <= config.text_only <= 1, f"--text-only {config.text_only} is outside 0 … 1")
-    check(0 <= config.ema_decay < 1, f"--ema-decay {config.ema_decay} should be at least 0 and below 1")
-    for size in (size for phase in phases for size in phase.resolutions):
-        check(size >= 16 and size % 16 == 0, f"--resolutions {size} is not a multiple of 16")
-    for phase in phases:
-        clips, part = phase.global_batch, config.batch_size
-        remedy = "give --grad-accum"
-        check(
-            clips % part == 0, f"a step of {clips} clips cannot be cut into micro-batches of {part}; {remedy}"
-        )
-        num = clips // part
-        remedy = f"give --grad-accum a multiple of {NUM_RANKS}"
-        check(
-            num % NUM_RANKS == 0,
-            f"the {num} micro-batches of a step cannot be dealt to {NUM_RANKS} ranks; {remedy}",
-        )
+
+def check_config(config: Config, args: argparse.Namespace) -> None:
+    """What would stop a run late, or make it other than asked."""
+    check_frames(config.max_frames)
+    if args.phase > len(config.phases):
+        raise ValueError(f"--phase {args.phase}: {args.preset} has {len(config.phases)}")
+    if args.lr and len(args.lr) > 2:
+        raise ValueError(f"--lr takes one number or two, the first and the last, not {len(args.lr)}")
+    for phase in config.phases:
+        for size in phase.resolutions:
+            check_side("--resolutions", size)
+        num_micros, rest = divmod(phase.global_batch, config.batch_size)
+        if rest or num_micros % NUM_RANKS:
+            raise ValueError(
+                f"a step of {phase.global_batch} clips cannot be cut into micro-batches of "
+                f"{config.batch_size} for {NUM_RANKS} ranks; give --grad-accum a multiple of {NUM_RANKS}"
+            )
     is_dit = config.train == "dit"
-    check(is_dit or not args.cache_latents, "--cache-latents is for --train dit; leave it out")
-    draws = config.cached_draws
-    check(args.cache_latents or not draws, f"--cached-draws {draws} needs --cache-latents; give both or none")
-    if args.cache_latents and not draws:
-        config = replace(config, cached_draws=4)  # each costs encoding every clip once more; not tuned
-    remedy = "give --train vae and a --model, and leave out --from-scratch"
-    keeps = not is_dit and args.model and not args.from_scratch
-    check(keeps or not config.keep_encoder, f"--keep-encoder is for the VAE there is; {remedy}")
-    check(is_dit or config.draws_per_clip == 1, "--draws-per-clip is for --train dit; leave it out")
-    fits_lora = is_dit and not config.in_channels
-    remedy = "leave out --train vae and --in-channels"
-    check(fits_lora or not config.lora_rank, f"--lora-rank fine-tunes a transformer as it is; {remedy}")
-    has_rank = config.lora_rank or config.lora_alpha is None
-    check(has_rank, f"--lora-alpha {config.lora_alpha} needs --lora-rank; give it, or leave both out")
-    return replace(config, phases=tuple(phases))
+    if not is_dit and (args.cache_latents or config.lora_rank):
+        raise ValueError("--cache-latents and --lora-rank are for --train dit; leave them out")
+    if config.keep_encoder and (is_dit or not args.model or args.from_scratch):
+        raise ValueError("keep_encoder is for the VAE of a --model, with --train vae and no --from-scratch")
+    if config.lora_rank and config.in_channels:
+        raise ValueError("--lora-rank fine-tunes a transformer as it is; leave out --in-channels")
+    if config.lora_alpha and not config.lora_rank:
+        raise ValueError(f"--lora-alpha {config.lora_alpha} needs --lora-rank; give it, or leave both out")
+    if not set(config.masks) <= set(MASK_KINDS):
+        raise ValueError(f"masks are some of {', '.join(MASK_KINDS)}, each with its share")
 
 
-# ---------------------------------------------------------------- the loop
+def run(argv: list[str] | None, signals: list[int]) -> bool:
+    """The command line; returns whether a signal ended it."""
+    options = parse(argv)
+    config = make_config(options)
+    device = runtime.choose_device(options.device)
+    has_bf16 = runtime.computes_bfloat16(device)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if has_bf16 else "float32"))
+    files = open_data(options.data, options.val_data, options.num_val, config)
+    if not files[0] or not files[1]:
+        raise ValueError("there are no samples to train on")
+    settings = {"dtype": str(dtype)[6:], **dataclasses.asdict(config)}
+    for name, records in zip(("training", "held-out"), files):  # not how the way to them is spelled
+        settings[f"digest of the {name} samples"] = data.digest(records)[:16]
+    settings = json.loads(json.dumps(settings))  # what has to be the same when a run is resumed
+    if RANK > 0:
+        wait_for_ranks()  # until rank 0 has made the folder ready
+    resumed, at = begin_or_resume(options.out, options.model, config, settings, options)
+    if RANK == 0:
+        wait_for_ranks()
+    if config.train == "vae":
+        from train_vae import Reconstruction  # here, so that train_vae.py can be deleted
 
-
-def train(run: Run) -> bool:
-    """All phases, from where the run is to its end or to a signal; returns whether it was one."""
-    args, config, at, task = run.args, run.config, run.at, run.task
-    stop = False
-    while at.total_steps < run.num_steps and not stop:
-        run.begin_phase()
-        run.describe()
-        phase, learner = run.phase, run.learner
-        if at.total_steps == 0:
-            run.validate()  # where it starts
-        todo, ahead = itertools.tee(run.deal())
-        loaded = run.loader.batches(
-            mine for micro_batches in ahead for mine in micro_batches[RANK::NUM_RANKS]
-        )
-
-        for micro_batches in todo:  # a global batch, and so one step
-            start, waited, loss = time.perf_counter(), 0.0, 0.0
-            keys = [run.keys(epoch, batch) for epoch, batch in micro_batches]
-            all_keys = repeated(sum(keys, []), config.draws_per_clip)
-            timesteps = stratified_timesteps(all_keys, config.timestep_shift)
-            parts = timesteps.split([len(part) * config.draws_per_clip for part in keys])
-            share_of_rank = list(zip(micro_batches, keys, parts))[RANK::NUM_RANKS]
-            for micro_batch, part, t in share_of_rank:
-                asked = time.perf_counter()
-                _, _, samples = next(loaded)  # decoded in threads, ahead of their use
-                waited += time.perf_counter() - asked
-                share = task.losses(samples, part, t).sum() / len(timesteps)
-                run.check_finite(share.item(), [micro_batch])
-                # The gradient is the mean over all samples, however they are cut; over ranks FSDP averages.
-                (share * NUM_RANKS).backward()
-                loss += share.item()
-            grad_norm = learner.clip(at.total_steps)
-            run.check_finite(grad_norm, micro_batches)
-            lr = learning_rate(phase, config.warmup_steps, at.step)
-            learner.step(lr)
-            learner.update_ema(at.total_steps)
-            loss, stop = sum_over_ranks(torch.tensor([loss, len(run.signals)], dtype=torch.float64)).tolist()
-            seconds = time.perf_counter() - start
-            run.log_step(micro_batches, seconds, waited, loss=loss, grad_norm=grad_norm, lr=lr)
-            at.advance(micro_batches, config.phases)
-
-            is_last = at.total_steps == run.num_steps or at.step == 0  # of the run, or of the phase
-            if is_last or at.total_steps % args.val_every == 0:
-                run.validate()
-            if is_last or at.total_steps % args.preview_every == 0:
-                run.preview()
-            if is_last or stop or at.total_steps % args.save_every == 0:
-                run.save()
-            if is_last or stop:
-                break
-        loaded.close()
-    return bool(stop)
+        task = Reconstruction(config, options.out, device, dtype)
+    else:
+        task = Denoising(config, options.out, device, dtype)
+        if task.kind == "control" and not all(record.read_control for record in files[0] + files[1]):
+            raise ValueError("a control model needs a control_file_path for every sample")
+        captions = sorted({record.caption(record.num_frames) for record in files[0]})
+        length = task.dit.config.max_text_seq_length
+        for line in data.caption_report(captions, task.encoders.tokenizer, length):
+            say(line)
+        task.dit.activation_checkpointing = options.activation_checkpointing
+        compiles = options.compile or (config.compile_on_gpu and device.type == "cuda")
+        for block in task.dit.transformer_blocks if compiles else []:
+            block.compile(
+                dynamic=True
+            )  # one graph for all shapes; a graph each would be given up after eight
+        place(task.dit, device, dtype, config.replicate, options.offload)
+    stopped = train(task, config, settings, options, at, resumed, files, signals)
+    following = f"sample.py PROMPT --model {options.out}"
+    if config.lora_rank:
+        following += f" --lora {options.out / LORA}"
+    if config.train == "vae":
+        following = f"train.py --preset {options.preset} --model {options.out}"
+    say(f"{'stopped' if stopped else 'done'}: {at.total_steps} steps; now python {following}")
+    return stopped
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line: 0 at the end, 2 with one line on stderr for an error, 128 + n after signal n."""
+    """0 at the end, 2 with one line on stderr for an error, 128 + n after signal n."""
     signals: list[int] = []
 
     def stop(number: int, _) -> None:
@@ -1304,28 +1179,18 @@ def main(argv: list[str] | None = None) -> int:
         say("saving after this step …")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    store = join_ranks()
+    store = runtime.join_ranks()
     try:
-        args, config = parse(argv)
-        run = Run(args, config, signals)
-        stopped = train(run)
-        following = f"sample.py PROMPT --model {args.out}"
-        if config.lora_rank:
-            following += f" --lora {args.out / LORA}"
-        if config.train == "vae":
-            following = f"train.py --preset {args.preset} --model {args.out}"  # a transformer for its latents
-        say(f"{'stopped' if stopped else 'done'}: {run.at.total_steps} steps; now python {following}")
+        stopped = run(argv, signals)
         return 128 + (signals or [signal.SIGTERM])[0] if stopped else 0
     except (Exception, KeyboardInterrupt) as error:
         if store and store.add("failed", 1) > 1:
             return 2  # an error of one rank is soon one of all, but the first alone knows why
-        message = in_one_line(
-            error, "try a smaller --batch-size or --max-tokens, or --activation-checkpointing"
-        )
+        remedy = "try a smaller --batch-size or --max-tokens, or --activation-checkpointing"
+        message = runtime.in_one_line(error, remedy)
         if message is None:
             raise
-        print(f"train.py: error: {message}", file=sys.stderr)
-        return 2
+        return runtime.fail("train.py", message)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

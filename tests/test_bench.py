@@ -1,61 +1,85 @@
-"""bench.py at its small sizes: the work is the same as the peers', and a difference is not passed over."""
+"""tools/bench.py at its small sizes: the same work as the peers', and a difference is not passed over."""
 
+from dataclasses import replace
+
+import bench
 import pytest
 import torch
 
-import bench
-
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-ARGUMENTS = ["--rounds", "1", "--leave-out", "import", "--device", "cpu", "--threads", "1"]  # like all tests
+WHERE = {"dtype": torch.float32, "device": torch.device("cpu")}
+ARGUMENTS = ["--rounds", "1", "--device", "cpu", "--threads", "1"]
+SMALL = replace(bench.SIZES["tiny"], dit_clips=[(64, 64, 9)])
 
 
-def test_ours_and_theirs_do_the_same_work(capsys):
-    assert bench.main([*ARGUMENTS, "--only", "dit", "t5", "sampling"]) == 0
-    said = capsys.readouterr()
-    rows = [line.split(" | ") for line in said.out.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows[2:]] == [
-        "| DiT forward, 208 tokens",
-        "| DiT forward + backward, 208 tokens",
-        "| DiT forward, 832 tokens",
-        "| DiT forward + backward, 832 tokens",
-        "| T5, two prompts",
-        "| prompt to frames, 9×64², 10 steps",
-    ]
-    assert all(float(row[2]) > 0 for row in rows[2:]) and "TOO LARGE" not in said.err
+def rows_of(capsys) -> list[list[str]]:
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
 
 
-@pytest.mark.parametrize("kind", ["encode", "decode"])
-def test_the_vaes_agree(kind):
-    with torch.no_grad():
-        cases = bench.vae_cases(bench.SIZES["tiny"], torch.float32, torch.device("cpu"))
-        found = [case for case in cases if kind in case.name]
-        assert len(found) == 2 and all(bench.difference(case) < 1e-5 for case in found)
+def test_networks_of_ours_and_theirs_do_the_same_work(capsys):
+    assert bench.main([*ARGUMENTS, "--rows", "dit", "t5", "--clips", "64x64x9"]) == 0
+    rows = rows_of(capsys)
+    work = [f"{kind} {what} 64x64x9" for kind in SMALL.dits for what in ("guided step", "forward + backward")]
+    work.append("T5, two prompts")
+    assert [row[:2] for row in rows] == [[name, way] for name in work for way in ("peer", "ours")]
+    assert all(float(row[2]) > 0 and float(row[4]) > 0 for row in rows)
 
 
-def test_the_card_measures_what_is_asked_for(capsys):
-    match = ["T5", "208 tokens, eager, checkpointing full"]
-    assert bench.main(["--card", "--match", *match, "--rounds", "2", "--device", "cpu"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    step, t5 = ([cell.strip(" |") for cell in line.split(" | ")] for line in said[-2:])
-    assert step[0] == "tiny forward + backward, 208 tokens, eager, checkpointing full"
-    assert t5[0] == "T5, two prompts" and said[-3].startswith("| --- ")
-    assert all(float(number) > 0 for number in (step[1], step[2], step[4], t5[1], t5[4]))
+def test_pipelines_of_ours_and_theirs_do_the_same_work(capsys):
+    assert bench.main([*ARGUMENTS, "--rows", "sampling", "--clips", "64x64x5"]) == 0
+    assert [row[1] for row in rows_of(capsys)] == ["peer", "ours"]
 
 
-def test_another_result_fails_the_run(monkeypatch, capsys):
+@torch.no_grad()
+def test_all_ways_of_a_vae_agree():
+    ways = bench.parse([]).ways  # with vae_fast.py, where it is
+    cases = list(bench.vae_cases(SMALL, ways, WHERE))
+    assert [case.name.split()[1] for case in cases] == ["encode", "decode"] * 2
+    for case in cases:
+        first, *others = [run() for run in case.ways.values()]
+        assert all(bench.difference(other, first) < 1e-5 for other in others)
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_another_result_fails_the_run(factor, monkeypatch, capsys):
     right = bench.T5Encoder.forward
-    monkeypatch.setattr(bench.T5Encoder, "forward", lambda self, ids: 1.01 * right(self, ids))
-    assert bench.main([*ARGUMENTS, "--only", "t5"]) == 1
+    monkeypatch.setattr(bench.T5Encoder, "forward", lambda self, ids: factor * right(self, ids))
+    assert bench.main([*ARGUMENTS, "--rows", "t5"]) == 1
     assert "TOO LARGE" in capsys.readouterr().err
 
 
+def test_what_does_not_fit_is_said_and_the_others_go_on():
+    def too_much() -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory left")
+
+    case = bench.Case("a case", {"ours": too_much, "fast": lambda: torch.ones(9)})
+    found = bench.measure(case, 1, WHERE["device"])
+    assert found["ours"] == {"failure": "OutOfMemoryError"} and found["fast"]["ratio"] == 1
+
+
+@pytest.mark.parametrize("rank", [16, 0])
+def test_a_step_of_fine_tuning_changes_what_is_to_learn_alone(rank):
+    dit, learnt = bench.learner(replace(bench.SMALL_DIT, in_channels=33), rank, WHERE)
+    before = {name: parameter.clone() for name, parameter in dit.named_parameters()}
+    optimizer = torch.optim.AdamW(learnt, lr=1e-2)
+    text = torch.randn(1, 32, 128)
+    inputs = [torch.randn(1, 16, 3, 8, 8), torch.tensor([500]), text, torch.randn(1, 17, 3, 8, 8)]
+    bench.learn(dit, optimizer, inputs, "full", WHERE)
+    changed = {name for name, parameter in dit.named_parameters() if not parameter.equal(before[name])}
+    if rank:  # A starts to learn in the second step, as B is zero in the first
+        assert changed and all("lora_" in name for name in changed)
+    else:
+        assert len(changed) > 0.9 * len(before)
+
+
 def test_growth_counts_what_work_allocates():
-    grown = bench.growth(lambda: torch.ones(20_000_000).exp().sum(), torch.device("cpu"))  # twice 80 MB
-    assert 100 < grown < 250
+    grown, _ = bench.growth(lambda: torch.ones(20_000_000).exp().sum(), WHERE["device"])  # twice 80 MB
+    assert 100e6 < grown < 250e6
 
 
 def test_flops_are_those_of_the_known_table():
     """78 TFLOP for 13312 + 226 tokens through 2B, 223 through 5B."""
-    flops = [bench.dit_flops(config, 13312 + 226) / 1e12 for config in bench.CARDS["real"].dits.values()]
+    flops = [bench.dit_flops(config, 13312 + 226) / 1e12 for config in bench.SIZES["whole"].dits.values()]
     assert [round(each) for each in flops] == [78, 223]

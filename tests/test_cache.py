@@ -1,4 +1,4 @@
-"""cache.py: it keeps what the networks say, serves nothing stale, and when full needs no networks."""
+"""cache.py: it keeps what the networks say, serves nothing stale, and when full asks them for nothing."""
 
 import json
 import os
@@ -10,18 +10,27 @@ import pytest
 import torch
 from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
-from test_train import CONTROL, INPAINT, entries, run
+from test_train import CONTROL, INPAINT, entries
+from test_train import run as run_small
 
 import cache
 import data
 import train
-from data import read_metadata
+from cache import DeviceCache, DiskCache
+from data import Epochs, Micro, Plan, load_sample, read_metadata
 from media import write_video
 from sizes import Bucket
 from text_encoder import T5Encoder
-from vae import VideoVAE
 
 OPTIONS = ["--batch-size", 2, "--grad-accum", 1, "--num-steps", 4, "--val-every", 2, "--num-workers", 2]
+
+
+def run(*args, **settings) -> int:
+    return run_small(*args, cached_draws=1, **settings)
+
+
+OPTIONS += ["--phase", 3]  # the text encoder learns before it
+PLAN = Plan((32,), max_tokens=8, batch_tokens=16, max_frames=5)
 
 
 @pytest.fixture
@@ -47,88 +56,281 @@ def files(folder: Path) -> dict[Path, tuple]:
 
 
 def task_and_records(clips: Path, model: Path = INPAINT, *options: str) -> tuple[train.Denoising, list]:
-    args, config = train.parse(["--model", str(model), "--cache-latents", "unused", *options])
+    argv = ["--model", str(model), "--cache-latents", "unused", *options]
+    config = train.make_config(train.parse(argv))
     task = train.Denoising(config, model, torch.device("cpu"), torch.float32)
+    task.begin(config.phases[2])
     return task, data.open_records(read_metadata(clips), config.fps)[0]
 
 
+def cache_for(task: train.Denoising, records: list, folder: Path | None, plan: Plan = PLAN):
+    """As in a run; folder: None for the device."""
+    loader = data.Loader(records, num_workers=2, say=lambda line: None)
+    digests = cache.content_digests(records)
+    return train.make_cache(task.config, folder, digests, task, loader, plan)
+
+
+def micros_of(records: list, num_epochs: int = 2, num_draws: int = 2) -> list[Micro]:
+    names = [int(digest, 16) for digest in cache.content_digests(records)]
+    epochs = Epochs(records, PLAN, 0, num_draws, names=names)
+    return [micro for epoch in range(num_epochs) for micro in epochs.micros(epoch)]
+
+
+# ---------------------------------------------------------------- whole runs
+
+
 @pytest.mark.parametrize("model", [INPAINT, CONTROL], ids=["inpaint", "control"])
-def test_a_full_cache_gives_the_same_run_without_vae_and_text_encoder(tmp_path, clips, monkeypatch, model):
+def test_a_full_cache_gives_the_same_run_and_asks_the_networks_for_nothing(
+    tmp_path, clips, monkeypatch, capsys, model
+):
+    """But for the held-out samples, which each run encodes once."""
     folder = tmp_path / "cache"
-    options = ["--data", clips, "--cache-latents", folder, *OPTIONS, "--phase", 2]
+    options = ["--data", clips, "--cache-latents", folder, *OPTIONS]
     assert run(tmp_path / "filling", *options, model=model) == 0
+    assert capsys.readouterr().out.startswith("3 samples encoded")
     before = files(folder)
+    encoded, told = [], []
+    encode_clips, encode_texts = train.Encoders.clips, train.Encoders.texts
 
-    def unexpected(*_, **__):
-        raise AssertionError("a network was loaded")
+    def clips_of(self, samples):
+        encoded.extend(sample.key for sample in samples)
+        return encode_clips(self, samples)
 
-    monkeypatch.setattr(VideoVAE, "from_pretrained", unexpected)
-    monkeypatch.setattr(T5Encoder, "from_pretrained", unexpected)
+    def texts_of(self, captions):
+        told.append(captions)
+        return encode_texts(self, captions)
+
+    monkeypatch.setattr(train.Encoders, "clips", clips_of)
+    monkeypatch.setattr(train.Encoders, "texts", texts_of)
     assert run(tmp_path / "full", *options, model=model) == 0
+    assert {draw for _, draw, _ in encoded} == {train.VALIDATION} and len(told) == len(encoded)
+    assert capsys.readouterr().out.startswith("0 samples encoded")
     assert entries(tmp_path / "full") == entries(tmp_path / "filling")
     assert before == files(folder)
 
 
-@pytest.mark.parametrize("model", [INPAINT, CONTROL], ids=["inpaint", "control"])
-@pytest.mark.parametrize("frames", [1, 5])
-def test_entries_are_what_the_networks_say(tmp_path, clips, model, frames):
-    task, records = task_and_records(clips, model)
-    kept, record, bucket = (
-        cache.LatentCache(tmp_path / "cache", task, True),
-        records[2],
-        Bucket(frames, 32, 32),
-    )
-    kept.join([kept.read(record, bucket, 3, 6, 0)])  # made here, below read again
-    found = kept.read(record, bucket, 3, 6, 0)
-    assert found.sample is None
-    batch = kept.join([found])
-    draw = (3, 2, found.draw[2])  # 6 mod 4
-    start = data.draw_start(record, bucket, 3, 0, draw[2])
-    sample = data.collate([data.load_sample(record, bucket, *draw, start)])
-    want = task.clip_moments(sample) | task.condition_moments(sample, [draw])
-    assert want.keys() == batch.tensors.keys()
-    assert all(torch.equal(want[name], batch.tensors[name]) for name in want)
-    assert torch.equal(batch.caption, task.text(sample.caption))
-    latents, condition = task.encode(batch, [(0, 0, 0)])
-    again, its_condition = task.encode(sample, [(0, 0, 0)])
-    assert torch.equal(latents, again)
-    if model == CONTROL:
-        assert torch.equal(condition, its_condition)
+def test_the_networks_are_let_go_before_the_first_step(tmp_path, clips, monkeypatch):
+    losses, loaded = train.Denoising.losses, []
+
+    def watched(self, batch, micro):
+        if micro.epoch != train.VALIDATION:
+            loaded.append({"vae", "t5"} & vars(self.encoders).keys())
+        return losses(self, batch, micro)
+
+    monkeypatch.setattr(train.Denoising, "losses", watched)
+    assert run(tmp_path / "out", "--data", clips, "--cache-latents", tmp_path / "cache", *OPTIONS) == 0
+    assert loaded and not any(loaded)
 
 
-def test_a_posterior_is_sampled_anew_in_every_epoch(tmp_path, clips):
-    task, records = task_and_records(clips)
-    kept = cache.LatentCache(tmp_path / "cache", task, True)
-    batch = kept.join([kept.read(records[0], Bucket(5, 32, 32), 0, 1, 0)])
-    one, other = (task.encode(batch, [(0, epoch, 0)])[0] for epoch in (1, 5))
-    assert not torch.equal(one, other)
+def test_a_resumed_run_with_a_cache_ends_with_the_same_bytes(tmp_path, clips):
+    options = ["--data", clips, "--cache-latents", tmp_path / "cache", *OPTIONS]
+    assert run(tmp_path / "whole", *options) == 0
+    assert run(tmp_path / "parts", *options, "--num-steps", 3) == 0
+    assert run(tmp_path / "parts", *options, "--resume") == 0
+    [whole, parts] = (tmp_path / name / "transformer" for name in ("whole", "parts"))
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (parts / path.name).read_bytes()
 
 
-def test_epochs_take_four_draws_in_turn_and_share_the_clip(tmp_path, clips):
-    task, records = task_and_records(clips)
-    kept = cache.LatentCache(tmp_path / "cache", task, True)
-    keys = [
-        {
-            kind: key
-            for kind, (key, _) in kept.read(records[2], Bucket(5, 32, 32), 0, epoch, 0).entries.items()
-        }
-        for epoch in range(-1, 8)
+def test_another_order_of_the_list_finds_the_same_entries(tmp_path, clips):
+    """All of them: in so many steps both runs ask for each sample under each draw."""
+    folder = tmp_path / "cache"
+    options = ["--cache-latents", folder, *OPTIONS, "--num-steps", 16, "--val-every", 16]
+    assert run(tmp_path / "first", "--data", clips, "--val-data", clips, *options) == 0
+    before = files(folder)
+    shuffled = clips.with_name("shuffled.json")
+    shuffled.write_text(json.dumps(json.loads(clips.read_text())[::-1]))
+    assert run(tmp_path / "second", "--data", shuffled, "--val-data", clips, *options) == 0
+    assert files(folder) == before
+
+
+def test_an_interrupted_run_keeps_what_it_has_made(tmp_path, clips, monkeypatch):
+    folder = tmp_path / "cache"
+    options = ["--data", clips, "--cache-latents", folder, *OPTIONS]
+    save, made = cache.save_tensors, []
+
+    def interrupted(*args):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(save(*args))
+
+    monkeypatch.setattr(cache, "save_tensors", interrupted)
+    assert run(tmp_path / "first", *options) == 2
+    monkeypatch.undo()
+    before = files(folder)
+    assert len(before) == 2
+    assert run(tmp_path / "second", *options) == 0
+    after = files(folder)
+    assert len(after) > 2 and before.items() <= after.items()
+
+
+def test_a_folder_that_cannot_be_written_stops_before_the_first_step_in_one_line(tmp_path, clips, capsys):
+    (tmp_path / "file").touch()  # where a folder should be
+    options = ["--data", clips, *OPTIONS, "--cache-latents", tmp_path / "file" / "cache"]
+    assert run(tmp_path / "out", *options) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "file") in said and said.count("\n") == 1
+
+
+def test_damaged_entries_are_made_anew(tmp_path, clips):
+    """What a kill or a full disk leaves: files of a wrong length. Nobody looks for flipped bits."""
+    folder = tmp_path / "cache"
+    options = ["--data", clips, "--cache-latents", folder, *OPTIONS]
+    assert run(tmp_path / "filling", *options) == 0
+    whole = {path: path.read_bytes() for path in files(folder)}
+    damages = [
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: content[: len(content) // 2],
+        lambda content: content + b"x",
+        lambda content: b"\0" * len(content),
     ]
-    assert len({key["clip"] for key in keys}) == 1 and len({key["condition"] for key in keys}) == 4
-    assert keys[0] == keys[4] == keys[8] and keys[1] == keys[5]
+    assert len(whole) == len(damages)
+    for damage, (path, content) in zip(damages, whole.items()):
+        path.write_bytes(damage(content))
+    assert run(tmp_path / "again", *options) == 0
+    assert entries(tmp_path / "again") == entries(tmp_path / "filling")
+    assert {path: path.read_bytes() for path in files(folder)} == whole
+
+
+def test_while_the_text_encoder_learns_its_output_is_not_kept(tmp_path, clips):
+    """Ids are, and behind its last phase what it says then, not what it said before."""
+    options = ["--data", clips, "--cache-latents", tmp_path / "cache", *OPTIONS, "--phase", 2]
+    options += ["--phase-steps", 1, 2, 2, "--lr", 1e-2]
+
+    def kept() -> list[torch.Tensor]:
+        entries = (load_file(path) for path in files(tmp_path / "cache"))
+        return [entry["text"] for entry in entries if "text" in entry]
+
+    assert run(tmp_path / "out", *options, "--num-steps", 2) == 0
+    assert kept() and not any(text.is_floating_point() for text in kept())
+    ids = torch.stack(kept())
+    assert run(tmp_path / "out", *options, "--num-steps", 4, "--resume") == 0
+    assert run(tmp_path / "at once", *options, "--num-steps", 4) == 0
+    assert entries(tmp_path / "out")[-1] == entries(tmp_path / "at once")[-1]
+    texts = [text for text in kept() if text.is_floating_point()]
+    assert len(texts) == len(ids)  # both runs found the same ones
+    learnt = tmp_path / "out/checkpoints/step-000002"
+    with torch.no_grad():
+        now, before = (T5Encoder.from_pretrained(path)(ids) for path in (learnt, INPAINT))
+    for text in texts:  # 1e-5: encoded in another batch
+        assert (text - now).abs().amax((1, 2)).min() < 1e-5
+        assert (text - before).abs().amax((1, 2)).min() > 0.1
+
+
+def test_caching_the_training_of_a_vae_is_refused(tmp_path, capsys):
+    assert run(tmp_path / "out", "--train", "vae", "--cache-latents", tmp_path / "cache") == 2
+    assert "--cache-latents" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- entries
+
+
+@pytest.mark.parametrize("model", [INPAINT, CONTROL], ids=["inpaint", "control"])
+@pytest.mark.parametrize("home", ["disk", "device"])
+def test_entries_are_what_the_networks_say(tmp_path, clips, model, home):
+    task, records = task_and_records(clips, model)
+    kept = cache_for(task, records, tmp_path / "cache" if home == "disk" else None)
+    micros = [Micro(Bucket(5, 32, 32), [2, 0], [(3, 1, 7), (3, 0, 8)], 0, 0)]
+    micros += [Micro(Bucket(1, 32, 32), [3, 2], [(3, 1, 9), (3, 0, 7)], 0, 1)]
+    assert kept.fill(micros) == 4 and kept.fill(micros) == 0
+    batches = list(kept.batches(micros))
+    for micro, batch in zip(micros, batches):
+        pairs = zip(micro.indices, micro.keys)
+        samples = [load_sample(records[index], micro.bucket, key, PLAN) for index, key in pairs]
+        want = task.encode(samples)
+        text, rows = batch.pop("text"), batch.pop("text_row", slice(None))
+        torch.testing.assert_close(text[rows], want.pop("text"), rtol=0, atol=1e-5)  # in another batch of T5
+        assert want.keys() == batch.keys()
+        assert all(torch.equal(want[name], batch[name]) for name in want)
+
+
+def test_disk_and_device_give_equal_batches(tmp_path, clips):
+    task, records = task_and_records(clips)
+    micros = micros_of(records, num_epochs=5)  # of two draws, so most are asked for again
+    homes = [cache_for(task, records, folder) for folder in (tmp_path / "cache", None)]
+    assert isinstance(homes[0], DiskCache) and isinstance(homes[1], DeviceCache)
+    assert homes[0].fill(micros) == homes[1].fill(micros) == 8  # four samples under two draws
+    for disk, device in zip(*(home.batches(micros) for home in homes), strict=True):
+        device["text"] = device["text"][device.pop("text_row")]
+        assert disk.keys() == device.keys()
+        assert all(torch.equal(disk[name], device[name]) for name in disk)
+
+
+def test_on_the_device_a_second_phase_adds_to_what_is_there_and_tells_the_texts_anew(tmp_path, clips):
+    task, records = task_and_records(clips)
+    first, second = micros_of(records, 1), micros_of(records, 2)
+    kept = cache_for(task, records, None)
+    assert kept.fill(first) == 4
+    before = list(kept.batches(first))
+    kept.encode_texts = lambda captions: task.encode_texts(captions) + 1  # as if T5 had learnt
+    assert kept.fill(second) == 4
+    for old, new in zip(before, kept.batches(first), strict=True):
+        assert torch.equal(old["latents"], new["latents"]) and torch.equal(old["masked"], new["masked"])
+        old, new = (batch["text"][batch["text_row"]] for batch in (old, new))
+        torch.testing.assert_close(new, old + 1, rtol=0, atol=1e-5)  # in another batch of T5
+    assert len(list(kept.batches(second))) == len(second)
+
+
+@pytest.mark.parametrize("home", ["disk", "device"])
+def test_a_broken_file_is_replaced_with_the_caption_of_its_stand_in(tmp_path, clips, home):
+    """Now, and when the cache is full and nobody looks at the file again."""
+    task, records = task_and_records(clips)
+    path = clips.parent / "clip0.mp4"
+    path.write_bytes(path.read_bytes()[:-3000])  # its header, in front, still tells of five frames
+    folder = tmp_path / "cache" if home == "disk" else None
+    micros = [Micro(Bucket(5, 32, 32), [0, 2], [(0, 0, 6), (0, 0, 7)], 0, 0)]
+    kept = cache_for(task, records, folder)
+    kept.fill(micros)
+    assert list(kept.loader.failures) == [str(path)]
+    captions = [data.draw_caption(records[i], Bucket(5, 32, 32), micros[0].keys[0]) for i in (0, 1)]
+    assert captions == ["clip 0", "clip 1"]  # neither was dropped
+    for later in [kept, cache_for(task, records, folder)] if folder else [kept]:
+        assert later.fill(micros) == 0
+        [batch] = later.batches(micros)
+        text = batch["text"][batch.get("text_row", slice(None))]
+        torch.testing.assert_close(text[:1], task.encode_texts(captions[1:]), rtol=0, atol=1e-5)
+
+
+def test_a_posterior_is_sampled_anew_in_every_epoch(tmp_path, clips, monkeypatch):
+    task, records = task_and_records(clips)
+    kept = cache_for(task, records, None)
+    micros = [micro for micro in micros_of(records, num_epochs=1) if micro.bucket.num_frames == 5][:1]
+    kept.fill(micros)
+    [batch], seen = kept.batches(micros), []
+
+    def watched(dit, schedule, latents, noise, timesteps, text, condition):
+        seen.append((latents, noise, condition))
+        return torch.zeros(len(latents))
+
+    monkeypatch.setattr(train, "denoising_losses", watched)
+    timesteps = torch.full((len(micros[0].keys),), 500)
+    for epoch in (1, 5, 5):
+        task.losses(batch, Micro(micros[0].bucket, [], [], epoch, 0, timesteps))
+    for first, second, again in zip(*seen):
+        assert torch.equal(second, again)
+        assert not torch.equal(first, second) or not first.any()  # a condition may be zero
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+# ---------------------------------------------------------------- what an entry depends on
 
 
 def test_the_place_of_a_file_in_the_list_and_its_name_do_not_count(tmp_path, clips):
     task, records = task_and_records(clips)
-    kept = cache.LatentCache(tmp_path / "cache", task, True)
     moved = Path(shutil.copy(records[1].name, tmp_path / "moved.mp4"))
     renamed = data.open_record(data.Entry(moved, "clip 1", False, records[1].content[1]), 8)
-    entries = [kept.read(r, Bucket(5, 32, 32), 0, 0, i).entries for i, r in enumerate([records[1], renamed])]
-    assert entries[0] == entries[1]
+    records = [records[1], records[0], renamed]
+    kept = cache_for(task, records, tmp_path / "cache")
+    [draws] = [micros_of(records, num_epochs=1)]
+    keys = {index: key for micro in draws for index, key in zip(micro.indices, micro.keys)}
+    assert keys[0] == keys[2] != keys[1]
+    paths = [kept.clip_path(index, Bucket(5, 32, 32), keys[index]) for index in range(3)]
+    assert paths[0] == paths[2] != paths[1]
 
 
-def changed_weights(tmp_path: Path, component: str) -> Path:
-    model = Path(shutil.copytree(GOLDENS / "fun-2b-inp", tmp_path / "changed"))
+def changed_weights(folder: Path, component: str) -> Path:
+    model = Path(shutil.copytree(GOLDENS / "fun-2b-inp", folder / "changed"))
     [path] = (model / component).glob("*.safetensors")
     weights = load_file(path)
     name = max(weights, key=lambda name: weights[name].numel())
@@ -137,31 +339,32 @@ def changed_weights(tmp_path: Path, component: str) -> Path:
 
 
 def test_nothing_stale_is_served(tmp_path, clips):
-    """Each change makes the keys new that depend on it, and those alone."""
+    """Each change makes the names new that depend on it, and those alone."""
     bucket = Bucket(5, 32, 32)
 
-    def keys(model: Path = INPAINT, *options: str, seed: int = 0, bucket: Bucket = bucket) -> dict[str, str]:
+    def names(
+        model: Path = INPAINT, *options: str, seed: int = 0, bucket: Bucket = bucket, plan: Plan = PLAN
+    ) -> dict[str, Path]:
         task, records = task_and_records(clips, model, *options)
-        kept = cache.LatentCache(tmp_path / "cache", task, True)
-        found = kept.read(records[2], bucket, seed, 0, 0)
-        return {kind: key for kind, (key, _) in found.entries.items()}
+        kept = cache_for(task, records, tmp_path / "cache", plan)
+        return {"clip": kept.clip_path(2, bucket, (seed, 0, 5)), "text": kept.text_path("clip 2")}
 
-    before = keys()
-    both = {"clip", "condition"}
+    before = names()
 
     def new(*args, **settings) -> set[str]:
-        after = keys(*args, **settings)
+        after = names(*args, **settings)
         return {kind for kind in before if before[kind] != after[kind]}
 
     assert new() == set()
-    assert new(changed_weights(tmp_path / "a", "vae")) == both
+    assert new(changed_weights(tmp_path / "a", "vae")) == {"clip"}
     assert new(changed_weights(tmp_path / "b", "text_encoder")) == {"text"}
-    assert new(INPAINT, "--fps", "4") == both
-    assert new(INPAINT, "--text-only", "1") == {"condition"}
-    assert new(bucket=Bucket(1, 32, 32)) == both
-    assert new(bucket=Bucket(5, 32, 48)) == both
-    assert new(seed=1) >= {"condition"}
-    assert new(INPAINT, "--lr", "1", "--ema-decay", "0.5") == set()
+    assert new(INPAINT, "--fps", "4") == {"clip"}
+    assert new(plan=Plan((32,), 8, 16, 5, text_only=1.0)) == {"clip"}
+    assert new(INPAINT, "--set", 'masks={"everything": 1.0}') == {"clip"}
+    assert new(bucket=Bucket(1, 32, 32)) == {"clip"}
+    assert new(bucket=Bucket(5, 32, 48)) == {"clip"}
+    assert new(seed=1) == {"clip"}
+    assert new(INPAINT, "--lr", "1", "--set", "ema_decay=0.5", "text_only=0.1") == set()
 
     path = clips.parent / "clip2.mp4"
     stat = path.stat()
@@ -169,104 +372,11 @@ def test_nothing_stale_is_served(tmp_path, clips):
     content[-1] ^= 1  # of the same size, at the same time
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert new() >= both
+    assert new() == {"clip"}
 
 
-def test_damaged_entries_are_made_anew(tmp_path, clips, capsys):
-    folder = tmp_path / "cache"
-    options = ["--data", clips, "--cache-latents", folder, *OPTIONS, "--phase", 2]
-    assert run(tmp_path / "filling", *options) == 0
-    whole = {path: path.read_bytes() for path in files(folder)}
-
-    def flip(content: bytes, place: int) -> bytes:
-        changed = bytearray(content)
-        changed[place] ^= 0x40
-        return bytes(changed)
-
-    damages = [
-        lambda c: b"",
-        lambda c: c[:-1],
-        lambda c: flip(c, -5),
-        lambda c: flip(c, 12),
-        lambda c: c + b"x",
-    ]
-    damages += [lambda c: flip(c, len(c) // 2), lambda c: flip(c, 0), lambda c: b"\0" * len(c)]
-    for i, (path, content) in enumerate(whole.items()):
-        path.write_bytes(damages[i % len(damages)](content))
-    capsys.readouterr()
-    assert run(tmp_path / "again", *options) == 0
-    assert capsys.readouterr().out.count("is damaged; it is made anew") == len(whole)
-    assert entries(tmp_path / "again") == entries(tmp_path / "filling")
-    assert {path: path.read_bytes() for path in files(folder)} == whole
-
-
-def test_a_cache_that_cannot_be_changed_is_still_read(tmp_path, clips, monkeypatch, capsys):
-    """Neither a damaged entry there nor a folder where an entry should be is taken for a broken clip."""
-    folder = tmp_path / "cache"
-    options = ["--data", clips, "--cache-latents", folder, *OPTIONS, "--phase", 2]
-    assert run(tmp_path / "filling", *options) == 0
-    damaged, folded, *_ = files(folder)
-    damaged.write_bytes(b"")
-    folded.unlink()
-    folded.mkdir()
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    replace, unlink = os.replace, Path.unlink
-
-    def refused(function, path: Path, *args, **settings):
-        if folder in Path(path).parents and not Path(path).name.endswith(".tmp.safetensors"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return function(path, *args, **settings)
-
-    monkeypatch.setattr(Path, "unlink", lambda path, **settings: refused(unlink, path, **settings))
-    monkeypatch.setattr(os, "replace", lambda path, to: refused(lambda to, path: replace(path, to), to, path))
-    capsys.readouterr()
-    assert run(tmp_path / "again", *options) == 0
-    said = capsys.readouterr().out
-    assert f"{damaged} is damaged" in said and "skipped" not in said
-    assert said.count("going on without what does not fit") == 1
-    assert entries(tmp_path / "again") == entries(tmp_path / "filling")
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-
-
-def test_an_interrupted_run_keeps_what_it_has_made(tmp_path, clips, monkeypatch):
-    folder = tmp_path / "cache"
-    options = ["--data", clips, "--cache-latents", folder, *OPTIONS, "--phase", 2]
-    keep, made = cache.LatentCache.keep, []
-
-    def interrupted(*args):
-        if len(made) == 4:
-            raise KeyboardInterrupt
-        made.append(keep(*args))
-
-    monkeypatch.setattr(cache.LatentCache, "keep", interrupted)
-    assert run(tmp_path / "first", *options) == 2
-    monkeypatch.undo()
-    before = files(folder)
-    assert len(before) == 4
-    assert run(tmp_path / "second", *options) == 0
-    after = files(folder)
-    assert len(after) > 4 and before.items() <= after.items()
-
-
-def test_a_full_disk_is_told_once_and_costs_only_the_entries(tmp_path, clips, monkeypatch, capsys):
-    folder = tmp_path / "cache"
-    options = ["--data", clips, *OPTIONS, "--phase", 2, "--cache-latents"]
-    assert run(tmp_path / "there", *options, folder) == 0
-    (tmp_path / "file").touch()  # where a folder should be
-    capsys.readouterr()
-    assert run(tmp_path / "full", *options, tmp_path / "file" / "cache") == 0
-    assert capsys.readouterr().out.count("going on without what does not fit") == 1
-    assert entries(tmp_path / "full") == entries(tmp_path / "there")
-
-
-def test_while_the_text_encoder_learns_its_output_is_not_kept(tmp_path):
-    options = ["--cache-latents", tmp_path / "cache", *OPTIONS, "--num-steps", 2]
-    assert run(tmp_path / "out", *options) == 0  # phase 1 of the tiny preset
-    assert not any("text" in load_file(path) for path in files(tmp_path / "cache"))
-    assert run(tmp_path / "other", *options, "--phase", 2) == 0
-    assert any("text" in load_file(path) for path in files(tmp_path / "cache"))
-
-
-def test_caching_the_training_of_a_vae_is_refused(tmp_path, capsys):
-    assert run(tmp_path / "out", "--train", "vae", "--cache-latents", tmp_path / "cache") == 2
-    assert "--cache-latents" in capsys.readouterr().err
+def test_a_record_that_does_not_say_what_it_is_read_from_is_not_kept(clips):
+    _, records = task_and_records(clips)
+    silent = data.Record("drawn by hand", str, 1, (32, 32), records[0].read)
+    with pytest.raises(ValueError, match="drawn by hand cannot be cached"):
+        cache.content_digests([records[0], silent])

@@ -260,3 +260,27 @@ def test_weights_keep_their_values_whatever_their_strides(tmp_path):
     save_weights({"a": tensor, "b": tensor[:2]}, tmp_path, "model")
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], tensor)
     assert weight_files(tmp_path) == dict.fromkeys(["a", "b"], tmp_path / "model.safetensors")
+
+
+def test_of_several_variants_the_one_without_a_name_is_taken(tmp_path):
+    def put(name: str) -> None:
+        save_file({"a": torch.zeros(1)}, tmp_path / name)
+
+    def index(name: str, shard: str) -> None:
+        (tmp_path / name).write_text(json.dumps({"weight_map": {"a": shard}}))
+
+    (tmp_path / "._model.safetensors").write_bytes(b"what macOS leaves on other disks")
+    (tmp_path / "._model.safetensors.index.json").write_bytes(b"the same")
+    put("model-00001-of-00001.fp16.safetensors")
+    index("model.safetensors.index.fp16.json", "model-00001-of-00001.fp16.safetensors")
+    assert weight_files(tmp_path)["a"].name == "model-00001-of-00001.fp16.safetensors"
+    put("model.safetensors")
+    assert weight_files(tmp_path)["a"].name == "model.safetensors"
+    put("model-00001-of-00001.safetensors")
+    index("model.safetensors.index.json", "model-00001-of-00001.safetensors")
+    assert weight_files(tmp_path)["a"].name == "model-00001-of-00001.safetensors"
+
+
+def test_a_variant_alone_is_taken(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.fp16.safetensors")
+    assert weight_files(tmp_path) == {"a": tmp_path / "model.fp16.safetensors"}

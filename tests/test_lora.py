@@ -1,5 +1,6 @@
 """LoRA: unmerged equals merged, files of three formats, diffusers with peft gives the same velocity."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import GOLDENS, assert_close
 from safetensors.torch import load_file, save_file
+from test_media import CASES
 from test_transformer import TINY, random_inputs, random_model
 from torch import nn
 
@@ -179,6 +181,38 @@ def test_peft_names_are_read_with_the_alpha_of_the_config_beside_them(dit, tmp_p
     )
 
 
+@pytest.mark.parametrize(
+    "prefix, ending",
+    [
+        ("diffusion_model.", ".lora_{}.weight"),
+        ("model.diffusion_model.", ".lora_{}.weight"),
+        ("base_model.model.transformer.", ".lora_{}.default.weight"),
+        ("module.", ".lora_{}.weight"),
+        ("transformer.", ".lora.{}.weight"),
+        ("", ".lora_{}.weight"),
+        ("lora_transformer_", ".lora_{}.weight"),
+    ],
+)
+def test_names_that_only_have_another_prefix_or_ending_are_read(dit, tmp_path, prefix, ending):
+    name, path = BLOCK + "attn1.to_out.0", tmp_path / "lora.safetensors"
+    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    parts = ("A", "B") if "default" in ending or prefix == "" else ("down", "up")
+    written = name.replace(".", "_") if prefix.startswith("lora") else name
+    save_file({prefix + written + ending.format(part): t for part, t in zip(parts, (down, up))}, path)
+    ours = read_lora(dit, path)
+    assert list(ours) == [name] and torch.equal(ours[name][0], down) and torch.equal(ours[name][1], up)
+
+
+@pytest.mark.parametrize("name", ["comfy", "old_diffusers"])
+def test_files_of_other_programs_are_read(name):
+    wide = dataclasses.replace(TINY, num_attention_heads=64 // TINY.attention_head_dim)
+    with torch.device("meta"):
+        dit = VideoTransformer(wide)
+    layers = read_lora(dit, CASES / f"{name}.safetensors")
+    targets = ("attn1.to_out.0", "attn1.to_q", "ff.net.0.proj")
+    assert sorted(layers) == [f"transformer_blocks.{i}.{target}" for i in (0, 1) for target in targets]
+
+
 def test_a_convolution_has_lora_as_well(dit, tmp_path):
     conv = dit.patch_embed.proj
     down, up = torch.randn(2, 16, 2, 2), torch.randn(32, 2, 1, 1)
@@ -197,6 +231,8 @@ def test_a_file_that_does_not_fit_is_refused_in_one_sentence(dit, tmp_path):
         ({}, "it is empty"),
         (good | {f"lora_te_block_{i}.lora_up.weight": torch.ones(1) for i in range(5)},
          r"unknown: lora_te_block_0.lora_up.weight, lora_te_block_1\S+, \S+ and 2 more"),
+        (good | {f"their.{BLOCK}attn1.to_q.lora_A.weight": torch.ones(2, 32)},
+         r"unknown: their.\S+lora_A.weight \(its prefix their. is none we know\)"),
         (good | {f"{key}.lora_magnitude_vector": torch.ones(32)}, "unknown: .*magnitude_vector"),
         (good | {"lora_unet__nowhere.lora_up.weight": torch.ones(2, 2)}, "unknown: lora_unet__nowhere"),
         (good | {f"{key}.lora_A.weight": torch.ones(2, 32, dtype=torch.int8)}, "unknown: .*lora_A"),

@@ -1,4 +1,4 @@
-"""The README's tables, names, flags and commands, held against the code."""
+"""The tables, names, flags and commands of README and docs, held against the code."""
 
 import ast
 import functools
@@ -11,19 +11,20 @@ import pytest
 import torch
 from conftest import GOLDENS
 
-import bench
 import sample
 import train
 from diffusion import NUM_TIMESTEPS, SAMPLER_OF_CLASS, SAMPLERS, SNR_SHIFTED, Schedule
-from inpaint import inpaint_condition, random_mask, resize_mask
+from inpaint import MASK_KINDS, inpaint_condition, random_mask, resize_mask
 from media import read_mask
 from sample import Request, generate, load_models
 from sizes import frames_for
 from transformer import (
     TransformerConfig,
+    is_cogvideox15,
     legal_num_frames,
     max_num_frames,
     model_kind,
+    native_fps,
     native_size,
     position_rule,
 )
@@ -31,12 +32,19 @@ from vae import VideoVAE, decode_chunks, encode_chunks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+FACTS = (ROOT / "docs/facts.md").read_text(encoding="utf-8")
+CARD = (ROOT / "checkpoints/tiny/README.md").read_text(encoding="utf-8")
+QUESTIONS, SPEED, DIFFERENCES = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("questions", "speed", "differences")
+)
+ALL = "\n".join([README, FACTS, QUESTIONS, SPEED, DIFFERENCES, CARD])
+PROSE = re.sub(r"```.*?```", "", ALL, flags=re.DOTALL)
 
 
 def table(first_header: str) -> list[dict[str, str]]:
-    """The rows of the table whose header line begins so, as {header: cell}, without backticks."""
-    lines = README.replace("`", "").splitlines()
+    """The rows of the table of docs/facts.md whose header line begins so, as {header: cell}, no backticks."""
+    lines = FACTS.replace("`", "").splitlines()
     [start] = [i for i, line in enumerate(lines) if line.startswith(first_header)]
     rows = []
     for line in [lines[start], *lines[start + 2 :]]:
@@ -50,8 +58,26 @@ def numbers(cell: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", cell)]
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command in its code blocks, variables filled in."""
+    variables, found = {}, []
+    for line in "\n".join(code_blocks(text, "bash")).splitlines():
+        if match := re.match(r"([A-Z])=(\S+)", line):
+            variables[match[1]] = match[2]
+            continue
+        for part in line.split(" && "):
+            part = re.sub(r"\$([A-Z])\b", lambda m: variables[m[1]], part.strip())
+            if part.startswith(("python ", "torchrun ")):
+                found.append(shlex.split(part, comments=True))
+    return found
+
+
+def test_the_readme_is_a_front_door():
+    assert len(README.splitlines()) <= 250 and len(README.split()) <= 2500
 
 
 # ---------------------------------------------------------------- models
@@ -131,9 +157,12 @@ def test_facts_of_the_models_are_as_the_table_says():
                 in_channels=small.in_channels,
                 use_rotary_positional_embeddings=small.use_rotary_positional_embeddings,
                 use_learned_positional_embeddings=small.use_learned_positional_embeddings,
+                ofs_embed_dim=small.ofs_embed_dim and 512,
                 **({"sample_height": 300, "sample_width": 300, "patch_size_t": 2} if int(pair) == 2 else {}),
+                **({"sample_frames": 81} if is_cogvideox15(small) else {}),
                 **sizes,
             )
+            assert native_fps(real) == int(facts["frames a second"][i])
             assert native_size(real) == tuple(numbers(facts["native height × width × frames"][i]))
             assert real.max_text_seq_length == int(text)
             most = facts["most frames"][i]
@@ -144,6 +173,10 @@ def test_facts_of_the_models_are_as_the_table_says():
 
 
 # ---------------------------------------------------------------- the mask
+
+
+def test_the_masks_of_training_are_as_the_table_says():
+    assert {row["kind of mask"]: float(row["share"]) for row in table("| kind of mask |")} == MASK_KINDS
 
 
 def test_the_mask_means_at_each_stage_what_the_table_says(monkeypatch):
@@ -164,8 +197,8 @@ def test_the_mask_means_at_each_stage_what_the_table_says(monkeypatch):
     assert after_start[8].all()
 
     seen = []
-    encode = VideoVAE.encode
-    monkeypatch.setattr(VideoVAE, "encode", lambda self, x, *rest: seen.append(x) or encode(self, x, *rest))
+    moments = VideoVAE.moments
+    monkeypatch.setattr(VideoVAE, "moments", lambda self, x, *rest: seen.append(x) or moments(self, x, *rest))
     pixels, mask = torch.full((1, 3, 5, 16, 16), 0.25), torch.ones(1, 1, 5, 16, 16)
     mask[..., 8:] = 0  # the right half is kept
     for variant, title in (("fun-2b-inp", "2B"), ("fun-5b-inp", "5B")):
@@ -198,7 +231,7 @@ def vae():
     return VideoVAE.from_pretrained(GOLDENS / "fun-2b-inp")
 
 
-@pytest.mark.parametrize("row", table("| frames |"), ids=lambda row: row["frames"])
+@pytest.mark.parametrize("row", table("| frames | latent frames |"), ids=lambda row: row["frames"])
 def test_frames_and_chunks_are_as_the_table_says(row, vae):
     frames, latent_frames = int(row["frames"]), int(row["latent frames"])
     assert encode_chunks(frames) == numbers(row["encode chunks"])
@@ -301,33 +334,60 @@ def test_places_in_the_code_exist():
 
 
 def test_every_file_and_name_in_backticks_exists():
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *GOLDENS.glob("*/*/*.json")]
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("t*/*.py"), *GOLDENS.glob("*/*/*.json")]
     words = set(re.findall(r"\w+", " ".join(path.read_text(encoding="utf-8") for path in sources)))
     for text in re.findall(r"`([^`\n]+)`", PROSE):
-        if re.fullmatch(r"[\w/]+\.py|tests/\S+|LICENSE", text):
+        if re.fullmatch(r"[\w/]+\.py|tests/\S+|docs/\S+|LICENSE", text):
             assert (ROOT / text).exists(), text
         elif match := re.fullmatch(r"([A-Za-z_][\w.]*)(\(.*\))?", text):
             assert set(match[1].split(".")) <= words, text
 
 
+def test_every_link_leads_somewhere():
+    for folder, text in (
+        ("", README),
+        ("docs", FACTS + QUESTIONS + SPEED + DIFFERENCES),
+        ("checkpoints/tiny", CARD),
+    ):
+        for target in re.findall(r"\]\(([^)#]+)", text):
+            assert target.startswith("https://") or (ROOT / folder / target).exists(), target
+
+
 def test_every_flag_is_in_the_help_of_its_program(capsys):
     known = {}
-    for program in (sample, train, bench):
+    for program in (sample, train):
         with pytest.raises(SystemExit):
             program.parse(["--help"])
         known[f"{program.__name__}.py"] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    for line in README.splitlines():
-        for file, arguments in re.findall(r"python (\w+\.py)([^&`]*)", line):
+    for name in ("check_data.py", "tools/bench.py", "tools/evaluate.py", "tools/claims.py"):
+        known[name] = set(re.findall(r'"(--[a-z-]+)"', (ROOT / name).read_text(encoding="utf-8")))
+    for line in ALL.splitlines():
+        for file, arguments in re.findall(r"([\w/]+\.py)( [^&`]*)", line):
             if file in known:
                 assert set(re.findall(r"(?<!\S)--[a-z-]+", arguments)) <= known[file], line
     in_prose = {
         flag for text in re.findall(r"`([^`\n]+)`", PROSE) for flag in re.findall(r"^--[a-z-]+", text)
     }
-    assert in_prose and in_prose <= set.union(*known.values())
+    assert in_prose and in_prose <= set.union(*known.values()) | {"--shutdown-timeout"}
 
 
-def test_the_sampling_commands_of_the_readme_run(tmp_path, monkeypatch):
-    """All of them, one after the other in a new folder, in fewer steps; a hub id is not fetched."""
+def test_every_training_command_asks_for_a_run_that_can_be(monkeypatch):
+    monkeypatch.setattr(train.checkpoint, "find_model", Path)  # hub ids are not fetched
+    count = 0
+    for words in commands(ALL):
+        if "train.py" in words:
+            ranks = 1
+            if words[0] == "torchrun":
+                ranks = int(words[1].removeprefix("--nproc_per_node="))
+            monkeypatch.setattr(train, "NUM_RANKS", ranks)
+            train.make_config(train.parse(words[words.index("train.py") + 1 :]))
+            count += 1
+    assert count >= 8
+
+
+@pytest.mark.parametrize("name", ["README", "CARD"])
+def test_the_sampling_commands_run(name, tmp_path, monkeypatch):
+    """All of them, one after the other in a new folder, in fewer steps; what is not there is not sampled."""
     for folder in ("tests", "checkpoints"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
@@ -338,38 +398,25 @@ def test_the_sampling_commands_of_the_readme_run(tmp_path, monkeypatch):
         write_video(frames[path.name], path, fps)
 
     monkeypatch.setattr(sample, "write_video", keep)
-    variables, count = {}, 0
-    lines = [
-        part.strip()
-        for block in code_blocks("bash")
-        for line in block.splitlines()
-        for part in line.split("&&")
-    ]
-    for line in lines:
-        if match := re.match(r"([A-Z])=(\S+)", line):
-            variables[match[1]] = match[2]
-        words = [
-            re.sub(r"\$([A-Z])", lambda m: variables[m[1]], word) for word in shlex.split(line, comments=True)
-        ]
-        if words[:2] == ["python", "-c"]:
-            exec(words[2], {})
-        elif words[:2] == ["python", "sample.py"] and not any(
-            w.startswith(("alibaba-pai", "runs")) for w in words
-        ):
+    count = 0
+    for words in commands(globals()[name]):
+        is_there = not any(word.startswith(("alibaba-pai", "runs")) for word in words)
+        if words[:2] == ["python", "sample.py"] and is_there:
             before = set(tmp_path.rglob("*.*"))
             steps = [] if "--from-latents" in words else ["--num-steps", "2"]
-            assert sample.main([*words[2:], "--quiet", *steps]) == 0, line
-            assert len(set(tmp_path.rglob("*.*")) - before) >= 2, line  # a video and its record
+            assert sample.main([*words[2:], "--quiet", *steps]) == 0, words
+            assert len(set(tmp_path.rglob("*.*")) - before) >= 2, words  # a video and its record
             count += 1
-    assert count >= 20
-    assert np.array_equal(frames["again.mp4"], frames["clip.mp4"])
-    assert len(frames["v15.mp4"]) == 21 and len(frames["picture.png"]) == 1
+    assert count >= {"README": 18, "CARD": 5}[name]
+    if name == "README":
+        assert np.array_equal(frames["again.mp4"], frames["clip.mp4"])
+        assert len(frames["v15.mp4"]) == 21 and len(frames["picture.png"]) == 1
 
 
 def test_the_library_example_of_the_readme_runs(tmp_path, monkeypatch):
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
-    [example] = code_blocks("python")
+    [example] = code_blocks(README, "python")
     monkeypatch.setattr(sample, "generate", lambda *a, **k: generate(*a, **{**k, "num_steps": 2}))
     names = {}
     exec(example, names)

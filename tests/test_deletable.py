@@ -1,0 +1,65 @@
+"""Files that may be deleted: the rest samples and trains without all of them."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDENS
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+DELETABLE = ["lora", "cache", "parallel", "shapes", "train_vae", "check_data", "vae_fast", "stepcache"]
+
+
+def python(folder: Path, *command: str | Path) -> str:
+    """What a program in `folder` prints; it has to succeed."""
+    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """A copy of the product without any of them, nor tools/, and two pictures to train on."""
+    folder = tmp_path_factory.mktemp("bare")
+    for path in ROOT.glob("*.py"):
+        if path.stem not in DELETABLE:
+            shutil.copy(path, folder)
+    (folder / "pictures").mkdir()
+    for i, color in enumerate(("red", "blue")):
+        Image.new("RGB", (32, 32), color).save(folder / "pictures" / f"{i}.png")
+        (folder / "pictures" / f"{i}.txt").write_text(f"a {color} picture")
+    return folder
+
+
+def test_sampling_needs_none_of_them(bare):
+    settings = ["--num-steps", "1", "--num-frames", "5", "--height", "32", "--width", "32", "--device", "cpu"]
+    python(
+        bare, "sample.py", "a red circle", "--model", GOLDENS / "fun-2b-inp", *settings, "--out", "clip.gif"
+    )
+    with Image.open(bare / "clip.gif") as clip:
+        assert clip.n_frames == 5 and np.asarray(clip.convert("RGB")).shape == (32, 32, 3)
+
+
+def test_training_needs_none_of_them(bare):
+    sizes = ["--resolutions", "32", "--max-tokens", "4", "--num-frames", "1", "--batch-size", "1"]
+    steps = ["--num-steps", "1", "--num-val", "1", "--num-previews", "0", "--device", "cpu"]
+    start = ["--model", GOLDENS / "fun-2b-inp", "--data", "pictures", "--out", "run"]
+    start += ["--set", "cached_draws=0", "keep_on_device=false"]  # tiny's way needs cache.py
+    python(bare, "train.py", *start, *sizes, *steps)
+    [checkpoint] = (bare / "run" / "checkpoints").iterdir()
+    assert (checkpoint / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", [*DELETABLE, "tools"])
+def test_nothing_imports_it_at_the_top_of_a_file(name):
+    for path in ROOT.glob("*.py"):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Import):
+                assert name not in {alias.name.split(".")[0] for alias in statement.names}, path.name
+            if isinstance(statement, ast.ImportFrom):
+                assert statement.module.split(".")[0] != name, path.name

@@ -1,0 +1,77 @@
+"""tools/evaluate.py: drawn clips get full marks, spoilt ones do not; a stopped run goes on."""
+
+import json
+from dataclasses import replace
+
+import evaluate
+import numpy as np
+import pytest
+
+from shapes import HELD_OUT, sample_scene
+
+SCENE = next(s for s in (sample_scene(3, i, HELD_OUT) for i in range(9)) if s.motion == "moves left")
+
+
+def test_a_drawn_clip_gets_full_marks():
+    verdict = evaluate.judge(evaluate.drawn(SCENE), SCENE)
+    assert all(verdict[word] for word in (*evaluate.WORDS, "all"))
+    assert verdict["worst_fit"] > 0.97 and verdict["worst_fit"] <= verdict["fit"] <= 1
+
+
+def test_one_spoilt_frame_shows_in_the_worst_fit_alone():
+    frames = evaluate.drawn(SCENE).copy()
+    whole = evaluate.judge(frames, SCENE)
+    background = frames[8, 0, 0]
+    rows, columns = np.nonzero((frames[8] != background).any(-1))
+    frames[8, : int(np.median(rows)), : int(np.median(columns))] = background  # a quarter of the object
+    spoilt = evaluate.judge(frames, SCENE)
+    assert spoilt["worst_fit"] < 0.85 and spoilt["fit"] > whole["fit"] - 0.03
+
+
+def test_where_nothing_can_be_read_nothing_is_right():
+    verdict = evaluate.judge(np.full((17, 64, 64, 3), 128, np.uint8), SCENE)
+    assert verdict == {**dict.fromkeys((*evaluate.WORDS, "all"), False), "fit": 0.0, "worst_fit": 0.0}
+
+
+def test_every_word_can_be_wrong():
+    others = [sample_scene(3, i) for i in range(60)]
+    for word in evaluate.WORDS:
+        other = next(scene for scene in others if getattr(scene, word) != getattr(SCENE, word))
+        assert not evaluate.judge(evaluate.drawn(other), SCENE)[word]
+
+
+def test_a_recolored_clip_is_judged_by_its_new_color_and_its_old_path(monkeypatch):
+    def repaint(models, scene, prompt, video, strength):
+        color = next(word for word in evaluate.shapes.COLORS if f" {word} " in prompt)
+        return evaluate.drawn(replace(scene, color=color))
+
+    monkeypatch.setattr(evaluate, "make", repaint)
+    verdict = evaluate.recolored(None, SCENE, 0.5)
+    assert verdict["color"] and verdict["path"] and verdict["all"]
+    monkeypatch.setattr(evaluate, "make", lambda models, scene, prompt, video, strength: video[::-1].copy())
+    verdict = evaluate.recolored(None, SCENE, 0.5)
+    assert not (verdict["color"] or verdict["path"] or verdict["all"])
+
+
+def test_a_stopped_evaluation_goes_on_and_another_model_is_refused(tmp_path, capsys):
+    model = evaluate.sample.TINY
+    out = tmp_path / "evaluation"
+    run = [str(model), "--num-steps", "1", "--out", str(out), "--workers", "1", "--device", "cpu"]
+    evaluate.main([*run, "--num", "1", "--tasks", "text 64x64"])
+    first = out.with_suffix(".jsonl").read_text()
+    evaluate.main([*run, "--num", "2", "--tasks", "VAE 64x64"])
+    lines = out.with_suffix(".jsonl").read_text()
+    assert lines.startswith(first) and lines.count("\n") == 3
+    summary = json.loads(out.with_suffix(".json").read_text())
+    assert summary["text 64x64"]["clips"] == 1 and summary["VAE 64x64"]["clips"] == 2
+    assert summary["VAE 64x64"]["fit"][0] > 0.9
+    assert "| VAE 64x64 | 2 | 100%" in capsys.readouterr().out
+    assert out.with_suffix(".png").stat().st_size > 1000 and out.with_suffix(".gif").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="of other weights or settings"):
+        evaluate.main([*run, "--num-steps", "2"])
+
+
+def test_intervals_are_wilsons():
+    """For 8 of 10: 0.490 … 0.943 (Wilson's table)."""
+    assert evaluate.wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
+    assert evaluate.number("fit", [0.9, 0.9]) == pytest.approx([0.9, 0.9, 0.9])

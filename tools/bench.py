@@ -1,0 +1,550 @@
+"""Speed and memory: ours beside diffusers and transformers, plain beside fast, and what fine-tuning costs.
+
+    python tools/bench.py                    small layers: does it work? a minute
+    python tools/bench.py --sizes real       the official widths, two layers of a transformer
+    python tools/bench.py --sizes whole --dtype bfloat16 --compile      the whole 2B and 5B, on a GPU
+
+A Case is one piece of work and the networks that do it: the peer's, ours, ours made fast; each also compiled.
+All have the same weights and inputs, and their results must agree. They take turns in one process, so that
+whatever else the machine does hurts all of them; a ratio is the median over rounds of a network's seconds
+over the first one's. Peers need requirements-dev.txt; without it, `--ways ours fast`.
+
+b batch · c channels · f frames · h w height, width · n video tokens · L text tokens · d width
+"""
+
+import argparse
+import copy
+import ctypes
+import datetime
+import functools
+import gc
+import itertools
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from text_encoder import T5Config, T5Encoder, Tokenizer  # noqa: E402
+from transformer import CHECKPOINTING, TransformerConfig, VideoTransformer  # noqa: E402
+from vae import VAEConfig, VideoVAE  # noqa: E402
+
+SMALL_MODEL = ROOT / "tests" / "goldens" / "cogvideox-2b-t2v"  # its tokenizer and scheduler serve all sizes
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}  # max |Δ| / max |first|: rounding
+START = time.perf_counter()
+
+# ---------------------------------------------------------------- sizes
+
+Clip = tuple[int, int, int]  # height, width, frames
+
+
+@dataclass(frozen=True)
+class Sizes:
+    vae: VAEConfig
+    dits: dict[str, TransformerConfig]
+    t5: T5Config
+    vae_clips: list[Clip]
+    dit_clips: list[Clip]
+
+
+COG_2B = TransformerConfig()
+COG_5B = TransformerConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
+SMALL_DIT = TransformerConfig(num_attention_heads=4, num_layers=4, text_embed_dim=128, max_text_seq_length=32)
+SIZES = {
+    "tiny": Sizes(
+        vae=VAEConfig(block_out_channels=[16, 32, 32, 64], layers_per_block=1, norm_num_groups=8),
+        dits={"sincos": SMALL_DIT, "RoPE": replace(SMALL_DIT, use_rotary_positional_embeddings=True)},
+        t5=T5Config(vocab_size=1200, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
+        vae_clips=[(64, 64, 9), (64, 64, 17)],
+        dit_clips=[(64, 64, 49), (128, 128, 49)],
+    ),
+    "real": Sizes(
+        vae=VAEConfig(),
+        dits={"two layers of 2B": replace(COG_2B, num_layers=2)},
+        t5=T5Config(vocab_size=1200, num_layers=2),
+        vae_clips=[(128, 128, 9), (128, 128, 17)],
+        dit_clips=[(128, 128, 49), (256, 256, 49)],
+    ),
+    "whole": Sizes(
+        vae=VAEConfig(),
+        dits={"2B": COG_2B, "5B": COG_5B},
+        t5=T5Config(),
+        vae_clips=[(480, 720, 49), (1024, 1024, 49)],
+        dit_clips=[(512, 512, 49), (480, 720, 49)],
+    ),
+}
+
+# ---------------------------------------------------------------- networks with random weights
+
+
+@torch.no_grad()
+def make(network: type[nn.Module], config, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A network whose weights let something of everything through; a fresh transformer is the identity."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        module = network(config).to(dtype)
+    for parameter in module.parameters() if network is not VideoVAE else ():
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return module.eval().requires_grad_(False)
+
+
+def peer_of(module: nn.Module) -> nn.Module:
+    """The same network of diffusers or transformers, with our weights."""
+    first = next(module.parameters())
+    with torch.device(first.device):
+        peer = build_peer(module).to(first.dtype).eval().requires_grad_(False)
+    missing, unexpected = peer.load_state_dict(module.state_dict(), strict=False)
+    aliases = {"encoder.embed_tokens.weight", "patch_embed.pos_embedding"}  # theirs alone, or stored twice
+    assert not unexpected and set(missing) <= aliases, (missing, unexpected)
+    return peer
+
+
+def build_peer(module: nn.Module) -> nn.Module:
+    import diffusers
+    import transformers
+
+    config = dict(vars(module.config))
+    config.pop("extra")
+    if isinstance(module, T5Encoder):
+        return transformers.T5EncoderModel(transformers.T5Config(**config, dropout_rate=0.0))
+    if isinstance(module, VideoTransformer):
+        config.pop("add_noise_in_inpaint_model")
+        return diffusers.CogVideoXTransformer3DModel(**config)
+    config["down_block_types"] = ["CogVideoXDownBlock3D"] * 4
+    config["up_block_types"] = ["CogVideoXUpBlock3D"] * 4
+    return diffusers.AutoencoderKLCogVideoX(**config)
+
+
+def fast_copy(vae: VideoVAE) -> VideoVAE:
+    from vae_fast import speed_up
+
+    fast = copy.deepcopy(vae)
+    speed_up(fast)
+    return fast
+
+
+def variants(ours: nn.Module, ways: list[str]) -> dict[str, nn.Module]:
+    """The network in each of the ways asked for."""
+    makers = {"peer": peer_of, "ours": lambda network: network, "fast": fast_copy}
+    return {way: makers[way](ours) for way in ways if way != "fast" or isinstance(ours, VideoVAE)}
+
+
+def bytes_of(tensors: Iterator[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+# ---------------------------------------------------------------- the work
+
+
+@dataclass
+class Case:
+    """One piece of work and the ways to do it; each returns a tensor, to be compared with the first's."""
+
+    name: str
+    ways: dict[str, Callable[[], Tensor]]
+    compiled: list[nn.Module] = field(default_factory=list)  # the parts that --compile compiles
+    resident: int = 0  # bytes that belong to it and are in use before it begins: weights, optimizer
+    flops: float = 0.0
+
+
+def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
+    if isinstance(vae, VideoVAE):
+        return vae.moments(pixels)[0]
+    return vae.encode(pixels).latent_dist.mean
+
+
+def decode(vae: nn.Module, latents: Tensor) -> Tensor:
+    if isinstance(vae, VideoVAE):
+        return vae.decode(latents, first_alone=False)
+    return vae.decode(latents / vae.config.scaling_factor).sample
+
+
+def vae_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
+    vae = make(VideoVAE, sizes.vae, **where)
+    vaes = variants(vae, ways)
+    for height, width, f in sizes.vae_clips:
+        draw = torch.Generator().manual_seed(1)
+        squares = torch.rand(1, 3, f, height // 8, width // 8, generator=draw)  # 8x8 pixels, of all colours
+        pixels = 2 * squares.repeat_interleave(8, 3).repeat_interleave(8, 4) - 1
+        latents = torch.randn(1, 16, 1 + f // 4, height // 8, width // 8, generator=draw)
+        for work, x in ((encode, pixels.to(**where)), (decode, latents.to(**where))):
+            name = f"VAE {work.__name__} {height}x{width}x{f}"
+            halves = [vae.encoder if work is encode else vae.decoder for vae in vaes.values()]
+            runs = {way: partial(work, vae, x) for way, vae in vaes.items()}
+            yield Case(name, runs, halves, bytes_of(vae.parameters()))
+
+
+def forward(dit: nn.Module, noisy: Tensor, text: Tensor, t: Tensor) -> Tensor:
+    if isinstance(dit, VideoTransformer):
+        return dit(noisy, t, text)
+    rope = None
+    if dit.config.use_rotary_positional_embeddings:
+        rope = peer_rope(dit.config.attention_head_dim, noisy.shape[2:], noisy.device)
+    t = t.expand(len(noisy))
+    return dit(noisy.transpose(1, 2), text, t, image_rotary_emb=rope).sample.transpose(1, 2)
+
+
+@functools.cache
+def peer_rope(head_dim: int, latents: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    frames, rows, columns = latents[0], latents[1] // 2, latents[2] // 2
+    corners = (0, 0), (rows, columns)
+    return get_3d_rotary_pos_embed(head_dim, corners, (rows, columns), frames, device=device)
+
+
+def guided_step(dit: nn.Module, noisy: Tensor, text: Tensor, t: Tensor) -> Tensor:
+    """Both halves of guidance: above 1024 tokens ours takes them in turn, for memory; diffusers never."""
+    in_turn = isinstance(dit, VideoTransformer) and noisy[0, 0].numel() > 4 * 1024
+    parts = text.split(1 if in_turn else 2)
+    return torch.cat([forward(dit, noisy.expand(len(part), -1, -1, -1, -1), part, t) for part in parts])
+
+
+def gradient(dit: nn.Module, noisy: Tensor, text: Tensor, t: Tensor) -> Tensor:
+    """Of the last matrix of the first block, in which all that follows has a part."""
+    dit.requires_grad_(True)
+    with torch.enable_grad():
+        forward(dit, noisy, text[:1], t).float().square().mean().backward()
+    result = dit.transformer_blocks[0].ff.net[2].weight.grad
+    dit.requires_grad_(False).zero_grad()
+    return result
+
+
+def dit_flops(config: TransformerConfig, num_tokens: int) -> float:
+    """Of one forward of one sample (text counts among the tokens): matrix products and attention."""
+    n, d = num_tokens, config.dim
+    return config.num_layers * (2 * 12 * d * d * n + 4 * n * n * d)
+
+
+def dit_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
+    for (label, config), (height, width, f) in itertools.product(sizes.dits.items(), sizes.dit_clips):
+        h, w = height // 8, width // 8
+        config = replace(config, sample_height=h, sample_width=w)  # native: all agree about positions
+        ours = make(VideoTransformer, config, **where)
+        dits = variants(ours, ways)
+        draw = torch.Generator().manual_seed(2)
+        noisy = torch.randn(1, 16, 1 + f // 4, h, w, generator=draw).to(**where)
+        text = torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=draw).to(**where)
+        t = torch.tensor([500], device=noisy.device)
+        blocks = [block for dit in dits.values() for block in dit.transformer_blocks]
+        flops = dit_flops(config, noisy[0, 0].numel() // 4 + text.shape[1])
+        for what, work, times in (("guided step", guided_step, 2), ("forward + backward", gradient, 3)):
+            runs = {way: partial(work, dit, noisy, text, t) for way, dit in dits.items()}
+            name = f"{label} {what} {height}x{width}x{f}"
+            yield Case(name, runs, blocks, bytes_of(ours.parameters()), times * flops)
+
+
+def embed(t5: nn.Module, ids: Tensor) -> Tensor:
+    return t5(ids) if isinstance(t5, T5Encoder) else t5(ids).last_hidden_state
+
+
+def t5_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
+    ours = make(T5Encoder, sizes.t5, **where)
+    ids = torch.randint(3, 1000, (2, 226), generator=torch.Generator().manual_seed(3)).to(where["device"])
+    runs = {way: partial(embed, t5, ids) for way, t5 in variants(ours, ways).items()}
+    yield Case("T5, two prompts", runs, resident=bytes_of(ours.parameters()))
+
+
+def sampling_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
+    """A prompt to frames, guided, all networks in memory; both load them from one folder."""
+    import sample
+
+    height, width, f = sizes.vae_clips[0]
+    config = replace(next(iter(sizes.dits.values())), text_embed_dim=sizes.t5.d_model)
+    same = {"height": height, "width": width, "num_frames": f, "guidance_scale": 6.0}
+    start = torch.randn(1, 16, 1 + f // 4, height // 8, width // 8)
+    prompt = "a panda plays a guitar"
+    runs = {}
+    with tempfile.TemporaryDirectory() as model_dir:
+        shutil.copytree(SMALL_MODEL, model_dir, dirs_exist_ok=True)
+        for network, part in ((VideoTransformer, config), (VideoVAE, sizes.vae), (T5Encoder, sizes.t5)):
+            make(network, part, **where).save_pretrained(model_dir)
+        models = sample.load_models(model_dir, **where, keep=True)
+        if "peer" in ways:
+            runs["peer"] = peer_sampling(model_dir, models.tokenizer, prompt, start, same, where)
+        ours = {"num_steps": 10, "latents": start, "seed": 0}
+        runs["ours"] = lambda: torch.from_numpy(sample.generate(models, prompt, **same, **ours)) / 255
+        yield Case(f"prompt to frames {height}x{width}x{f}, 10 steps", runs)
+
+
+def peer_sampling(
+    model_dir: str, tokenizer: Tokenizer, prompt: str, start: Tensor, size: dict, where: dict
+) -> Callable[[], Tensor]:
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline.from_pretrained(model_dir, tokenizer=None, dtype=where["dtype"])
+    pipeline.to(where["device"]).set_progress_bar_config(disable=True)
+    length = pipeline.transformer.config.max_text_seq_length
+    ids = tokenizer([prompt, ""], length).to(where["device"])
+    settings = {"latents": start.transpose(1, 2).to(**where), "num_inference_steps": 10, "output_type": "np"}
+
+    def run() -> Tensor:
+        embeds = pipeline.text_encoder(ids)[0]
+        text = {"prompt_embeds": embeds[:1], "negative_prompt_embeds": embeds[1:]}
+        frames = pipeline(**text, max_sequence_length=length, **size, **settings).frames[0]
+        return torch.from_numpy(frames)
+
+    return run
+
+
+def learner(config: TransformerConfig, rank: int, where: dict) -> tuple[VideoTransformer, list[Tensor]]:
+    """A transformer and what learns of it, in float32: LoRA of a rank beside frozen weights; 0 is all."""
+    from lora import add_lora
+
+    if rank:
+        dit = make(VideoTransformer, config, **where)
+        learnt = add_lora(dit, rank)
+    else:
+        dit = make(VideoTransformer, config, torch.float32, where["device"]).requires_grad_(True)
+        learnt = list(dit.parameters())
+    for parameter in learnt:
+        parameter.data = parameter.data.float()
+    return dit, learnt
+
+
+def learn(
+    dit: VideoTransformer, optimizer: torch.optim.Optimizer, inputs: list, how: str, where: dict
+) -> Tensor:
+    """One step as train.py takes it, from cached latents and text."""
+    dit.activation_checkpointing = None if how == "none" else how
+    dtype = where["dtype"]
+    try:
+        with torch.enable_grad(), torch.autocast(where["device"].type, dtype, enabled=dtype != torch.float32):
+            loss = dit(*inputs).float().square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+    finally:  # also of a step that did not fit
+        optimizer.zero_grad()
+    return loss.detach()
+
+
+def finetuning_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
+    for (label, config), rank in itertools.product(sizes.dits.items(), (16, 128, 0)):
+        dit, learnt = learner(replace(config, in_channels=33), rank, where)
+        optimizer = torch.optim.AdamW(learnt, fused=True)
+        resident = bytes_of(dit.parameters()) + 2 * bytes_of(learnt)  # AdamW's two moments
+        for (height, width, f), how in itertools.product(sizes.dit_clips, ("none", *CHECKPOINTING)):
+            latents = (1 + f // 4, height // 8, width // 8)
+            text = (1, config.max_text_seq_length, config.text_embed_dim)
+            shapes = ((1, 16, *latents), text, (1, 17, *latents))
+            noisy, text, condition = (torch.randn(shape, device=where["device"]) for shape in shapes)
+            inputs = [noisy, torch.tensor([500], device=noisy.device), text, condition]
+            what = f"LoRA of rank {rank}" if rank else "all weights"
+            name = f"{label} {what} {height}x{width}x{f}, checkpointing {how}"
+            runs = {"ours": partial(learn, dit, optimizer, inputs, how, where)}
+            yield Case(name, runs, list(dit.transformer_blocks), resident)
+
+
+def import_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
+    def in_a_process(statement: str) -> Tensor:
+        subprocess.run([sys.executable, "-c", statement], cwd=ROOT, check=True)
+        return torch.ones(1)
+
+    statements = {"peer": "from diffusers import CogVideoXPipeline", "ours": "import sample"}
+    runs = {way: partial(in_a_process, statements[way]) for way in ways if way in statements}
+    yield Case("a process that imports it", runs)
+
+
+ROWS = {
+    "vae": vae_cases,
+    "dit": dit_cases,
+    "t5": t5_cases,
+    "sampling": sampling_cases,
+    "import": import_cases,
+    "finetuning": finetuning_cases,
+}
+
+# ---------------------------------------------------------------- measuring
+
+
+def say(text: str) -> None:
+    """How it goes; only tables go to stdout."""
+    print(f"[{time.perf_counter() - START:.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def growth(work: Callable[[], Tensor], device: torch.device) -> tuple[int, Tensor]:
+    """Bytes by which memory grows at its peak while `work` is done, of GPU or process; and the result."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = work()
+        return torch.cuda.max_memory_allocated() - before, result
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier work has left behind must not hide growth
+    Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+    before = process_bytes("VmRSS")
+    result = work()
+    return process_bytes("VmHWM") - before, result
+
+
+def process_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith(f"{name}:")]
+    return 1024 * int(line.split()[1])
+
+
+def difference(result: Tensor, first: Tensor) -> float:
+    """max |Δ| / max |first|"""
+    assert result.shape == first.shape, (result.shape, first.shape)
+    return ((result.float() - first.float()).abs().max() / first.float().abs().max()).item()
+
+
+def compile_parts(case: Case) -> Case:
+    """Each way twice: as it is, and with the case's parts compiled."""
+    for part in case.compiled:
+        part.compile(dynamic=False)
+    eager = torch.compiler.set_stance("force_eager")
+    ways = {way: eager(run) for way, run in case.ways.items()}
+    return replace(case, ways=ways | {f"{way}, compiled": run for way, run in case.ways.items()})
+
+
+@torch.no_grad()
+def measure(case: Case, rounds: int, device: torch.device) -> dict[str, dict]:
+    """way -> peak bytes, difference, seconds and ratio; of one that fails, why."""
+    found, first = {}, None
+    for way, run in case.ways.items():
+        try:
+            peak, result = growth(run, device)
+        except RuntimeError as error:  # out of memory; or torch.compile cannot
+            say(f"{case.name}, {way}: {str(error)[:2000]}")
+            found[way] = {"failure": type(error).__name__}
+            continue
+        first = result if first is None else first
+        found[way] = {"peak": peak + case.resident, "difference": difference(result, first)}
+        say(f"{case.name}, {way}: differs by {found[way]['difference']:.0e}")
+    times = {way: [] for way in found if "failure" not in found[way]}
+    for i in range(rounds):
+        for way in list(times)[:: 1 if i % 2 else -1]:
+            times[way].append(seconds(case.ways[way], device))
+    for way in times:
+        ratios = [a / b for a, b in zip(times[way], next(iter(times.values())))]
+        found[way] |= {"seconds": statistics.median(times[way]), "ratio": statistics.median(ratios)}
+        if device.type == "cpu":  # the first time caches were filled as well
+            found[way]["peak"] = growth(case.ways[way], device)[0] + case.resident
+    return found
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, n: int = 8192) -> float:
+    """FLOP/s of a product of two n x n matrices: what a GPU really gives."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(10))
+
+
+# ---------------------------------------------------------------- tables
+
+HEAD = ["work", "way", "seconds", "ratio", "peak GiB", "difference", "TFLOP/s"]
+
+
+def print_row(cells: list[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_case(case: Case, found: dict[str, dict], rate: float) -> None:
+    for way, numbers in found.items():
+        if "failure" in numbers:
+            print_row([case.name, way, numbers["failure"], "", "", "", ""])
+            continue
+        flops = case.flops / numbers["seconds"]
+        speed = f"{flops / 1e12:.3g}" if flops else ""
+        if flops and rate:
+            speed += f" ({flops / rate:.0%} of a matrix product)"
+        cells = [f"{numbers['seconds']:.3g}", f"{numbers['ratio']:.2f}", f"{numbers['peak'] / 2**30:.2f}"]
+        print_row([case.name, way, *cells, f"{numbers['difference']:.0e}", speed])
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def read_clip(text: str) -> Clip:
+    height, width, num_frames = map(int, text.split("x"))
+    return height, width, num_frames
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench.py",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    all_ways = ["peer", "ours"] + ["fast"] * (ROOT / "vae_fast.py").exists()
+    add = parser.add_argument
+    add("--sizes", choices=list(SIZES), default="tiny", help="real: official widths; whole: whole models")
+    add("--rows", nargs="+", choices=list(ROWS), default=[row for row in ROWS if row != "finetuning"])
+    add("--models", nargs="+", help="of these transformers alone: 5B")
+    add("--match", nargs="+", default=[], help="only work with all of these in its name: 'guided step'")
+    add("--clips", nargs="+", type=read_clip, help="sizes in place of the usual: 480x720x49, height first")
+    add("--ways", nargs="+", choices=all_ways, default=all_ways)
+    add("--compile", action="store_true", help="each way also compiled")
+    add("--dtype", choices=list(TOLERANCE), default="float32", help="to compute in")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--rounds", type=int, default=5, help="turns of each way")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the CPU")
+    return parser.parse_args(argv)
+
+
+def processor(device: torch.device, threads: int) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {threads} threads"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 if the results of two ways differ by more than rounding."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    where = {"dtype": getattr(torch, args.dtype), "device": torch.device(args.device)}
+    sizes = SIZES[args.sizes]
+    if args.models:
+        sizes = replace(sizes, dits={label: sizes.dits[label] for label in args.models})
+    if args.clips:
+        sizes = replace(sizes, vae_clips=args.clips, dit_clips=args.clips)
+    command = " ".join(sys.argv[1:] if argv is None else argv)
+    machine = processor(where["device"], args.threads)
+    print(f"{datetime.date.today()}, {machine}, torch {torch.__version__}, python tools/bench.py {command}\n")
+    rate = matrix_rate(**where) if where["device"].type == "cuda" else 0.0
+    print_row(HEAD)
+    print_row(["---"] * len(HEAD))
+    all_agree = True
+    for row in args.rows:
+        for case in ROWS[row](sizes, args.ways, where):
+            if not all(word in case.name for word in args.match):
+                continue
+            if args.compile and case.compiled:
+                case = compile_parts(case)
+            found = measure(case, args.rounds, where["device"])
+            print_case(case, found, rate)
+            limit = TOLERANCE[args.dtype] + (1 / 255 if row == "sampling" else 0)
+            for way, numbers in found.items():
+                if not numbers.get("difference", 0.0) <= limit:  # true of NaN, too
+                    say(f"{case.name}, {way}: TOO LARGE a difference")
+                    all_agree = False
+    return 0 if all_agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

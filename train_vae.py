@@ -1,0 +1,125 @@
+"""Train the video VAE: encoder and decoder learn to give back the pixels through a small posterior.
+
+    pixels ─encoder─► posterior ─sample─► latents ─decoder─► pixels        python train.py --train vae
+    loss = reconstruction + kl_weight · KL(posterior, normal) + equivariance · EQ
+
+EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509): the decoder is also shown flipped or halved latents, and
+has to give the flipped or halved clip. Latents that move as the pixels move are easier to learn for a
+transformer. This file may be deleted; nothing else of training needs it.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import Micro, Plan, Sample, pixels_of
+from media import to_uint8
+from runtime import generator
+from vae import VideoVAE
+
+
+def reconstruction_losses(pixels: Tensor, target: Tensor) -> Tensor:
+    """|e| + e² + |∇e|/2 + colour, one number a sample, for e = pixels − target: twice b 3 f h w -> b.
+
+    The square finds small objects, which the absolute value alone would first leave out; the gradient
+    (differences of neighbouring pixels) sharpens edges. colour is the square of what e changes between the
+    three channels, counted up to five times where the target is colourful, since colour is else learnt late.
+    """
+    error = pixels.float() - target.float()
+    chroma = error - error.mean(1, keepdim=True)
+    colorful = (target - target.mean(1, keepdim=True)).abs().mean(1, keepdim=True)  # 0 … 8/9
+    terms = [error.abs(), error.square(), 0.25 * error.diff(dim=3).abs(), 0.25 * error.diff(dim=4).abs()]
+    terms.append((1 + 4.5 * colorful) * chroma.square())
+    return sum(term.mean((1, 2, 3, 4)) for term in terms)
+
+
+def change_of(x: Tensor, change: int) -> Tensor:
+    """Pixels or latents b c f h w mirrored (0), upside down (1), or halved in height and width (2)."""
+    if change < 2:
+        return x.flip(4 - change)
+    return F.avg_pool3d(x, (1, 2, 2))
+
+
+class Reconstruction:
+    """What train.train asks of what learns; see train.Denoising for the other one."""
+
+    def __init__(self, config, model_dir: Path, device: torch.device, dtype: torch.dtype):
+        """config: train.Config"""
+        self.config, self.device, self.dtype = config, device, dtype
+        self.vae = VideoVAE.from_pretrained(model_dir, torch.float32, device)
+        self.vae.encoder.requires_grad_(not config.keep_encoder)
+        self.scaling_factor = self.vae.config.scaling_factor  # of the latents that are kept
+        self.vae.config.scaling_factor = 1.0  # until it is measured, see `save`
+        self.held_out: list[Tensor] = []
+
+    def plan(self, phase) -> Plan:
+        batch_tokens = self.config.batch_size * phase.max_tokens
+        return Plan(phase.resolutions, phase.max_tokens, batch_tokens, self.config.max_frames)
+
+    def begin(self, phase) -> dict[str, nn.Module]:
+        return {"vae": self.vae}
+
+    def encode(self, samples: list[Sample]) -> dict[str, Tensor]:
+        """Of this task a micro-batch is nothing but pixels, b 3 f h w."""
+        return {"pixels": pixels_of(samples, self.device)}
+
+    def losses(self, batch: dict[str, Tensor], micro: Micro) -> Tensor:
+        """Reconstruction, decoded in Fun's chunks, + KL a latent number + EQ: b."""
+        pixels = batch["pixels"]
+        draws = generator(self.config.seed, micro.epoch, micro.number, "noise", device=self.device)
+        with self.autocast():
+            mean, logvar = (moment.float() for moment in self.vae.moments(pixels))
+            noise = torch.randn(mean.shape, generator=draws, device=self.device)
+            latents = self.vae.posterior(mean, logvar, noise)
+            reconstructed = self.vae.decode(latents)
+        logvar = logvar.clamp(-30, 20)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
+        loss = reconstruction_losses(reconstructed, pixels) + self.config.kl_weight * kl
+        if self.config.equivariance:
+            change = int(
+                torch.randint(3, (), generator=generator(self.config.seed, micro.epoch, micro.number))
+            )
+            with self.autocast():
+                moved = self.vae.decode(change_of(latents, change))
+            loss = loss + self.config.equivariance * reconstruction_losses(moved, change_of(pixels, change))
+        return loss
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        with self.autocast():
+            return self.vae.encode(pixels.to(self.device)).float()
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        with self.autocast():
+            return self.vae.decode(self.latents(pixels)).float().clamp(-1, 1)
+
+    def validate(self, held_out: list[tuple[dict[str, Tensor], Micro]]) -> dict[str, float]:
+        """PSNR in dB on held-out samples, the mean over all of them and over each size."""
+        self.held_out = [batch["pixels"] for batch, _ in held_out]
+        found: dict[str, list[float]] = {"psnr": []}
+        for pixels in self.held_out:
+            mse = (self.reconstruct(pixels) - pixels).square().mean()
+            psnr = (10 * torch.log10(4 / mse)).item()
+            found["psnr"].append(psnr)
+            found.setdefault(f"psnr_{pixels.shape[3]}x{pixels.shape[4]}", []).append(psnr)
+        return {size: sum(values) / len(values) for size, values in sorted(found.items())}
+
+    def preview(self, shown: Sample, num_steps: int):
+        """A sample above its reconstruction, uint8 f h w 3."""
+        pixels = self.encode([shown])["pixels"]
+        return to_uint8(torch.cat([pixels, self.reconstruct(pixels)], dim=3)[0])
+
+    def save(self, folder: Path, _) -> None:
+        """With a scaling factor that gives the latents of the held-out samples a standard deviation of 1."""
+        if not self.config.keep_encoder:
+            latents = torch.cat([self.latents(pixels).flatten() for pixels in self.held_out])
+            self.scaling_factor = round(1 / latents.std().item(), 6)
+        self.vae.config.scaling_factor = self.scaling_factor
+        self.vae.save_pretrained(folder)
+        self.vae.config.scaling_factor = 1.0
