@@ -264,7 +264,7 @@ def test_the_start_and_the_end_say_what_is_made(capfd):
     out, err = capfd.readouterr()
     for words in (
         "fun-2b-inp: inpaint, 33 channels",
-        "48x32, 5 frames -> 2 latent frames -> 12 tokens",
+        "1 of 48x32, 5 frames -> 2 latent frames -> 12 tokens",
         "ddim, 2 steps, strength 1, guidance 6",
         "cpu, float32",
         "memory   about text",
