@@ -19,7 +19,9 @@ DELETABLE = ["lora", "cache", "parallel", "shapes", "train_vae", "check_data", "
 
 def python(folder: Path, *command: str | Path) -> str:
     """What a program in `folder` prints; it has to succeed."""
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, env=ONE_THREAD)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, env=ONE_THREAD
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -49,7 +51,18 @@ def test_sampling_needs_none_of_them(bare):
 
 def test_training_needs_none_of_them(bare):
     sizes = ["--resolutions", "32", "--max-tokens", "4", "--num-frames", "1", "--batch-size", "1"]
-    steps = ["--num-steps", "1", "--num-val", "1", "--num-previews", "0", "--device", "cpu", "--dtype", "float32"]
+    steps = [
+        "--num-steps",
+        "1",
+        "--num-val",
+        "1",
+        "--num-previews",
+        "0",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     start = ["--model", GOLDENS / "fun-2b-inp", "--data", "pictures", "--out", "run"]
     start += ["--set", "cached_draws=0", "keep_on_device=false"]  # tiny's way needs cache.py
     python(bare, "train.py", *start, *sizes, *steps)
