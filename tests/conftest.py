@@ -26,7 +26,7 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     assert error < tolerance, f"largest difference {error:.2e}, tolerance {tolerance:.0e}"
 
 
-# The goldens were recorded on an AMD processor. On Intel's, MKL takes other float32 roots, for the reference as
+# The goldens were recorded on an AMD processor. On Intel's, MKL takes other float32 roots, the reference's as
 # well: what is equal to the bit elsewhere, and there to diffusers on the same machine, differs by rounding.
 CPU_INFO = Path("/proc/cpuinfo")
 ROUNDS_ALIKE = not (CPU_INFO.exists() and "GenuineIntel" in CPU_INFO.read_text())
