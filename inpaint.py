@@ -7,10 +7,10 @@
 
 What is known decides what the model does: nothing, text to video; the first frame, image to video; the first
 and the last, the way between them; any part of a clip, in- and outpainting. Training draws all of these from
-`MASK_KINDS`. Sampling and training build the condition by the same two functions: `encode_known`, which needs
-the VAE, and `join_condition`, which does not, so that training may keep what the first one gave.
+`MASK_KINDS`. Sampling and training build the condition by the same two functions: `encode_masked`, which
+needs the VAE, and `join_condition`, which does not, so that training may keep what the first one gave.
 
-mask == 1 means "generate here", everywhere in this project; `encode_known` is the one place that hands the
+mask == 1 means "generate here", everywhere in this project; `encode_masked` is the one place that hands the
 network the opposite.
 
 Reference: CogVideoX-Fun, pipeline_cogvideox_inpaint.py, data/dataset_image_video.py, scripts/train.py.
@@ -154,7 +154,7 @@ def resize_mask(mask: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return torch.cat([first, rest], dim=2)
 
 
-def encode_known(
+def encode_masked(
     vae: VideoVAE,
     pixels: Tensor,
     mask: Tensor,
@@ -180,7 +180,7 @@ def encode_known(
 def join_condition(
     masked: Tensor, known: Tensor, zero: Tensor, noise: Tensor | None, config: VAEConfig
 ) -> Tensor:
-    """The condition b 17 f' h' w' from what `encode_known` gave; noise b 16 f' h' w' samples the posterior.
+    """The condition b 17 f' h' w' from what `encode_masked` gave; noise b 16 f' h' w' samples the posterior.
 
     The latent scale multiplies the mask's channel too, since the reference scales after joining them.
     """
@@ -206,7 +206,7 @@ def inpaint_condition(
     """
     if mask.shape != (len(pixels), 1, *pixels.shape[2:]):
         raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit pixels {tuple(pixels.shape)}")
-    shown = encode_known(vae, pixels, mask, zero_if_all_masked, tiled)
+    shown = encode_masked(vae, pixels, mask, zero_if_all_masked, tiled)
     noise = None
     if generator is not None:
         mean = shown["masked"].chunk(2, dim=1)[0]

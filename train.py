@@ -50,7 +50,7 @@ import runtime
 import sample
 from data import Epochs, Key, Loader, Micro, Plan, Record, Sample, load_sample, pixels_of
 from diffusion import NUM_TIMESTEPS, Schedule, ScheduleConfig
-from inpaint import MASK_KINDS, add_reference_noise, draw_noise_sigma, encode_known, join_condition
+from inpaint import MASK_KINDS, add_reference_noise, draw_noise_sigma, encode_masked, join_condition
 from media import to_pixels, write_video
 from optim import Optim, clip_norm, learning_rate
 from runtime import NUM_RANKS, RANK, atomic_write, gather, generator, say, sum_over_ranks, wait_for_ranks
@@ -155,8 +155,8 @@ FUN_VAE = replace(
     max_grad_norm=1.0,
     wide_clip_steps=None,
 )
-# The report at an eighth of its scale, sized for ten minutes of one H100. Pictures carry the first part: a
-# picture costs a fifth of a clip, and shape and colour are what pictures show.
+# The report at an eighth of its scale, meant for ten minutes of one H100 and not yet run to its end: steps,
+# rates and shift are untried. Pictures carry the first part: cheap, and all there is of shape and colour.
 TINY = Config(
     phases=(
         Phase((64, 96, 128), 80, 1024, 1500, 2e-3, 1.5e-3, train_text=True, pictures=True),
@@ -202,7 +202,7 @@ TINY = Config(
     schedule=ScheduleConfig(extra={"guidance_scale": 2.0}),  # 3 makes worse end pictures, 6 worse shapes
 )
 # Small clips first: their steps are cheap, and edges are all there is to learn; 64 pixels show fast ones. The
-# KL term is large enough to keep channels near zero and to leave noise in what pixels do not need.
+# KL term keeps channels near zero and leaves noise in what pixels do not need. Untried too, as for TINY.
 TINY_VAE = replace(
     TINY,
     train="vae",
@@ -319,16 +319,26 @@ def denoising_losses(
 class Encoders:
     """The frozen VAE and T5, each loaded when it is first asked and let go by `free`."""
 
-    def __init__(self, model_dir: Path, config: TransformerConfig, dtype: torch.dtype, device: torch.device):
-        """config: of the transformer, which decides what it is shown"""
+    def __init__(
+        self,
+        model_dir: Path,
+        config: TransformerConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        stream: bool = False,
+    ):
+        """config: of the transformer, which decides what it is shown
+        stream: T5's layers are read from the disk at each call, for a few large calls before training
+        """
         self.model_dir, self.config, self.dtype, self.device = model_dir, config, dtype, device
+        self.stream = stream
         self.kind = model_kind(config)
         self.tokenizer = Tokenizer.from_pretrained(model_dir)
 
     @functools.cached_property
     def vae(self) -> VideoVAE:
         vae = VideoVAE.from_pretrained(self.model_dir, self.dtype, self.device).requires_grad_(False)
-        with contextlib.suppress(ImportError):  # so that vae_fast.py can be deleted
+        with contextlib.suppress(ModuleNotFoundError):  # so that vae_fast.py can be deleted
             import vae_fast
 
             vae_fast.speed_up(vae)
@@ -336,7 +346,8 @@ class Encoders:
 
     @functools.cached_property
     def t5(self) -> T5Encoder:
-        return T5Encoder.from_pretrained(self.model_dir, self.dtype, self.device).requires_grad_(False)
+        t5 = T5Encoder.from_pretrained(self.model_dir, self.dtype, self.device, stream=self.stream)
+        return t5.requires_grad_(False)
 
     def free(self) -> None:
         for name in ("vae", "t5"):
@@ -354,7 +365,7 @@ class Encoders:
     @torch.no_grad()
     def clips(self, samples: list[Sample]) -> Batch:
         """Samples of one shape: posteriors of the clips b 32 f' h' w', means and then log-variances, and what
-        the model is shown beside the noisy latents: the control clip's, or what `encode_known` gives."""
+        the model is shown beside the noisy latents: the control clip's, or what `encode_masked` gives."""
         pixels = pixels_of(samples, self.device)
         batch = {"latents": torch.cat(self.vae.moments(pixels), dim=1)}
         if self.kind == "control":
@@ -365,7 +376,7 @@ class Encoders:
                 pixels = torch.stack([self.blurred(p, one.key) for p, one in zip(pixels, samples)])
             mask = torch.stack([one.mask for one in samples])[:, None].to(self.device)
             zero = torch.tensor([one.zero_if_all_masked for one in samples], device=self.device)
-            batch |= encode_known(self.vae, pixels, mask, zero)
+            batch |= encode_masked(self.vae, pixels, mask, zero)
         return batch
 
     def blurred(self, pixels: Tensor, key: Key) -> Tensor:
@@ -406,7 +417,8 @@ class Denoising:
         vae_dir = checkpoint.component_dir(model_dir, "vae")
         self.vae_config = checkpoint.read_config(VAEConfig, vae_dir / "config.json")
         self.schedule = Schedule.from_pretrained(model_dir)
-        self.encoders = Encoders(model_dir, self.dit.config, dtype, device)
+        stream = bool(config.cached_draws)
+        self.encoders = Encoders(model_dir, self.dit.config, dtype, device, stream)
         self.t5 = None  # where it learns
 
     def plan(self, phase: Phase) -> Plan:
@@ -415,19 +427,20 @@ class Denoising:
         if self.dit.position == "interpolate":  # a table of positions has an end
             max_frames = min(max_frames, max_num_frames(self.dit.config))
         return Plan(
-            phase.resolutions,
-            phase.max_tokens,
-            self.config.batch_size * phase.max_tokens,
-            max_frames,
-            self.dit.config.patch_size_t or 1,
-            self.config.masks,
-            self.config.text_only,
+            resolutions=phase.resolutions,
+            max_tokens=phase.max_tokens,
+            batch_tokens=self.config.batch_size * phase.max_tokens,
+            max_frames=max_frames,
+            frames_per_token=self.dit.config.patch_size_t or 1,
+            masks=self.config.masks,
+            text_only=self.config.text_only,
         )
 
     def begin(self, phase: Phase) -> dict[str, nn.Module]:
         """What learns in a phase, by component."""
+        self.encoders.free()  # T5 may have become another in the last one; it is read anew
         if not phase.train_text:
-            self.t5 = None  # encoders.t5 reads what it has become
+            self.t5 = None
             return {"transformer": self.dit}
         if self.t5 is None:
             self.t5 = T5Encoder.from_pretrained(self.model_dir, torch.float32, self.device)
@@ -628,7 +641,8 @@ def save(out: Path, keep: int, settings: dict, at: Counters, task, optim: Optim,
             checkpoint.save_weights(training, folder / "training", "state")
             (folder / "training" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         with optim.averaged():
-            weights = gather(task.dit.state_dict() if hasattr(task, "dit") else {})
+            weights = task.dit.state_dict() if hasattr(task, "dit") else {}
+            weights = gather({name: w for name, w in weights.items() if not is_lora or ".lora_" in name})
             if RANK == 0:
                 task.save(folder, weights)
     wait_for_ranks()  # as torchrun ends all when one has ended, also one that is still writing
@@ -876,7 +890,10 @@ def train(
             wait_for_ranks()
         todo, ahead = itertools.tee(epochs.steps(at.epoch, at.batch, micros_per_step))
         mine = (micro for micros in ahead for micro in micros[RANK::NUM_RANKS])
-        batches = cache.batches(mine) if cache else map(task.encode, loader.each(mine, read))
+        if cache:
+            batches = cache.batches(mine)
+        else:
+            batches = (task.encode(samples) for samples in loader.each(mine, read))
         describe(task, phase, config, plan, optim, epochs.micros(at.epoch), out)
 
         if at.total_steps == 0:
@@ -931,8 +948,7 @@ def train(
                 save(out, options.keep, settings, at, task, optim, config.lora_rank is not None)
             if is_last or stop:
                 break
-        if hasattr(batches, "close"):
-            batches.close()
+        batches.close()
     if config.save_dtype and not stop and RANK == 0:
         shorten(out, getattr(torch, config.save_dtype))
     return bool(stop)
@@ -1154,9 +1170,7 @@ def run(argv: list[str] | None, signals: list[int]) -> bool:
         task.dit.activation_checkpointing = options.activation_checkpointing
         compiles = options.compile or (config.compile_on_gpu and device.type == "cuda")
         for block in task.dit.transformer_blocks if compiles else []:
-            block.compile(
-                dynamic=True
-            )  # one graph for all shapes; a graph each would be given up after eight
+            block.compile(dynamic=True)  # one graph: with one for each shape torch gives up after eight
         place(task.dit, device, dtype, config.replicate, options.offload)
     stopped = train(task, config, settings, options, at, resumed, files, signals)
     following = f"sample.py PROMPT --model {options.out}"

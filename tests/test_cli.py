@@ -31,7 +31,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (13, 32, 48, 3), dtype=np.uint
 
 
 @pytest.fixture(autouse=True)
-def folder_of_work(tmp_path, monkeypatch):
+def empty_folder(tmp_path, monkeypatch):
     """An empty folder to work in, with media beside it."""
     (tmp_path / "media").mkdir()
     Image.fromarray(NOISE[0]).save(tmp_path / "media/picture.png")
