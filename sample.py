@@ -106,6 +106,7 @@ class Models:
         self.tokenizer = Tokenizer.from_pretrained(model_dir)
         self.loaded: dict[str, nn.Module] = {}  # put a module here to use it in place of the folder's
         self.seconds: dict[str, float] = {}  # spent in each stage so far
+        self.forwards = [0, 0]  # with a step cache: of the transformer's so far, those computed, and all
 
     @property
     def kind(self) -> str:
@@ -225,6 +226,7 @@ BOUNDS = {  # of numbers that would else give noise, or nothing, after a long wa
     "num_steps": (1, 1000, "the models like 50"),
     "seed": (0, 2**63 - 1, "any in between will do"),
     "fps": (0.1, 1000, "the models like 8 or 16"),
+    "step_cache": (0, 10, "0 computes every step, 0.1 fewer, 0.2 fewer still"),
 }
 
 
@@ -252,6 +254,7 @@ class Request:
     noise_aug_strength: float = 0.0563  # noise on known pixels, if the model was trained with it
     fps: float | None = None  # clips are read at it
     tiled: bool = False  # the VAE works through tiles: less memory, slightly other numbers
+    step_cache: float = 0.0  # above 0: blocks are skipped where they change less, see stepcache.py
     latents: Tensor | None = None  # 1 16 f' h' w' to start from; nothing is added to them
     randn: Callable[[tuple[int, ...]], Tensor] | None = None  # replaces every normal draw
 
@@ -477,8 +480,8 @@ def denoise(
     def noise_like_x() -> Tensor:
         return randn(shape).to(x)
 
-    with models.use("transformer", "denoise") as dit:
-        velocity = guided(models, dit, request, text, condition, len(timesteps))
+    with models.use("transformer", "denoise") as dit, step_cache(request, dit, timesteps) as cache:
+        velocity = guided(models, dit, request, text, condition, len(timesteps), cache)
         steps = SAMPLERS[request.sampler](velocity, x, schedule, timesteps, noise_like_x, request.num_steps)
         for i, x in enumerate(show_progress(steps, "denoise", progress, total=len(timesteps))):
             if not torch.isfinite(x).all():
@@ -486,7 +489,21 @@ def denoise(
                 where = f"step {i + 1} (timestep {timesteps[i]}) in {str(models.dtype)[6:]}"
                 raise ValueError(f"the latents stopped being finite at {where}; try dtype {other}, "
                                  "or other weights")  # fmt: skip
+    if cache is not None:
+        models.forwards[0] += cache.num_computed
+        models.forwards[1] += cache.num_forwards
     return x[:, :, num_padding(models.config, latent_grid(*known[:3])[0]) :]
+
+
+def step_cache(
+    request: Request, dit: VideoTransformer, timesteps: Tensor
+) -> contextlib.AbstractContextManager:
+    """For a block in which `dit` skips what the request allows: gives the cache, or None."""
+    if request.step_cache == 0:
+        return contextlib.nullcontext()
+    from stepcache import skip_steps  # here, so that stepcache.py can be deleted
+
+    return skip_steps(dit, request.step_cache, timesteps)
 
 
 def guided(
@@ -496,8 +513,12 @@ def guided(
     text: Tensor,
     condition: Tensor | None,
     num_steps: int,
+    cache=None,
 ) -> Callable[[Tensor, int], Tensor]:
-    """velocity(x, t) of the prompt, pulled away from that of the negative one where the step is guided."""
+    """velocity(x, t) of the prompt, pulled away from that of the negative one where the step is guided.
+
+    cache: a stepcache.StepCache that has to know when a step begins
+    """
     text = dit.project_text(text.to(models.device, models.dtype))
     if condition is not None:
         condition = condition.to(models.device, models.dtype)
@@ -510,6 +531,8 @@ def guided(
         prompts = text if scale != 1 else text[-1:]
         tokens = x.shape[2:].numel() // (4 * dit.config.patch[0])
         outputs = []
+        if cache is not None:
+            cache.begin(t, len(prompts))
         for prompt in prompts.split(2 if tokens <= SMALL_TOKENS else 1):  # one by one, for memory
             count = len(prompt)
             told = None if condition is None else condition.expand(count, -1, -1, -1, -1)
@@ -871,6 +894,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--num-videos", "videos per prompt, with seeds counted up from --seed", type=int, default=1)
     add("--fps", "clips are read and videos written at it; default: the model's, 8 or 16", type=float)
     add("--tiled", "the VAE works in tiles: less memory, slightly other pixels", **switch)
+    add("--step-cache", "skip blocks where they change less than this: faster, try 0.1; 0: never", type=float)
     add("--dtype", "default: bfloat16 on a GPU, else float32", choices=DTYPES)
     add("--device", "such as cuda, cuda:1, mps, cpu; default: the best there is")
     add("--compile", "torch.compile the transformer: slow to start, faster steps", action="store_true")
@@ -1032,6 +1056,9 @@ def run(args: argparse.Namespace) -> None:
             temporary.write_text(as_json(record) + "\n")
         tell(path)
     tell(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in models.seconds.items()))
+    computed, forwards = models.forwards
+    if forwards:
+        tell(f"step cache: {computed} of {forwards} forwards of the transformer computed in full")
 
 
 MEMORY_REMEDY = "try a smaller --height, --width or --num-frames, --tiled, or --dtype bfloat16"

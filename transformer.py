@@ -15,6 +15,7 @@ b batch · f frames · h w height, width · c channels · n video tokens · L te
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -271,6 +272,24 @@ CHECKPOINTING = {  # what the backward pass finds of a block: its input; and the
 }
 
 
+def run_blocks(
+    blocks: Iterable[Block],
+    tokens: Tensor,
+    temb: Tensor,
+    rope: Rope | None,
+    num_text: int,
+    checkpointing: str | None = None,
+) -> Tensor:
+    """Tokens b L+n d through blocks, one after the other; checkpointing: a key of CHECKPOINTING."""
+    for block in blocks:
+        if checkpointing:
+            how = CHECKPOINTING[checkpointing]
+            tokens = checkpoint(block, tokens, temb, rope, num_text, use_reentrant=False, **how)
+        else:
+            tokens = block(tokens, temb, rope, num_text)
+    return tokens
+
+
 OFS = 2.0  # the only value CogVideoX1.5 was ever given
 
 
@@ -291,6 +310,7 @@ class VideoTransformer(nn.Module):
         p_t, p = config.patch
         self.proj_out = nn.Linear(config.dim, config.out_channels * p_t * p * p)
 
+        self.run_blocks = run_blocks  # stepcache.py and parallel.py put their own here
         self.activation_checkpointing: str | None = None  # a key of CHECKPOINTING: recompute in backward
         self.position = position_rule(config)
         self._init_weights()
@@ -345,26 +365,21 @@ class VideoTransformer(nn.Module):
         if added is not None:
             tokens = tokens + added.to(tokens.dtype)
 
-        temb = self._time_vector(timesteps, noisy)
-        for block in self.transformer_blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                how = CHECKPOINTING[self.activation_checkpointing]
-                tokens = checkpoint(block, tokens, temb, rope, num_text, use_reentrant=False, **how)
-            else:
-                tokens = block(tokens, temb, rope, num_text)
+        timesteps = torch.as_tensor(timesteps, device=noisy.device).expand(len(noisy))
+        temb = self.time_vector(timesteps, noisy.dtype)
+        kept = self.activation_checkpointing if torch.is_grad_enabled() else None
+        tokens = self.run_blocks(self.transformer_blocks, tokens, temb, rope, num_text, kept)
 
         video = self.norm_out(self.norm_final(tokens[:, num_text:]), temb)
         return unpatchify(self.proj_out(video), grid, p_t, p)[:, :, :f]
 
-    def _time_vector(self, timesteps: Tensor | int, noisy: Tensor) -> Tensor:
-        """temb b time_embed_dim."""
-        timesteps = torch.as_tensor(timesteps, device=noisy.device).expand(len(noisy))
-        temb = self.time_embedding(timestep_embedding(timesteps, self.config.dim).to(noisy.dtype))
+    def time_vector(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """temb b time_embed_dim, of timesteps b."""
+        sinusoids = timestep_embedding(timesteps, self.config.dim)
+        temb = self.time_embedding(sinusoids.to(dtype))
         if self.ofs_embedding is not None:
-            ofs = torch.full_like(timesteps, OFS)
-            temb = temb + self.ofs_embedding(
-                timestep_embedding(ofs, self.config.ofs_embed_dim).to(noisy.dtype)
-            )
+            sinusoids = timestep_embedding(torch.full_like(timesteps, OFS), self.config.ofs_embed_dim)
+            temb = temb + self.ofs_embedding(sinusoids.to(dtype))
         return temb
 
     def _positions(
