@@ -199,9 +199,9 @@ class Models:
 
             load_lora(dit, file, weight)
         if self.on_all_ranks:
-            from parallel import divide_tokens
+            from parallel import divide
 
-            divide_tokens(dit)
+            divide(dit)
         if self.compile:
             for block in dit.transformer_blocks:
                 block.compile()
@@ -530,10 +530,12 @@ def guided(
         x = x.to(models.dtype)
         prompts = text if scale != 1 else text[-1:]
         tokens = x.shape[2:].numel() // (4 * dit.config.patch[0])
+        halves_apart = models.on_all_ranks and NUM_RANKS % 2 == 0  # by parallel.py, each on half of the ranks
+        at_once = 2 if tokens <= SMALL_TOKENS or halves_apart else 1  # else one by one, for memory
         outputs = []
         if cache is not None:
             cache.begin(t, len(prompts))
-        for prompt in prompts.split(2 if tokens <= SMALL_TOKENS else 1):  # one by one, for memory
+        for prompt in prompts.split(at_once):
             count = len(prompt)
             told = None if condition is None else condition.expand(count, -1, -1, -1, -1)
             noisy = x.expand(count, -1, -1, -1, -1)

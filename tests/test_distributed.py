@@ -72,8 +72,8 @@ def runs(tmp_path_factory) -> Path:
     on_two = [argv("two", kind, FIVE) for kind in KINDS]
     on_two += [argv("one-two", "dit", RESUME), argv("two-one", "dit", TWO)]
     for name, options in SAMPLES.items():
-        assert sample.main([*options, "--out", str(top / "one" / name)]) == 0
-        on_two.append([*options, "--out", str(top / "two" / name)])
+        assert sample.main([*options, "--out", str(top / "one" / name / "strip.png")]) == 0
+        on_two.append([*options, "--out", str(top / "two" / name / "strip.png")])
     process = torchrun(Path(__file__), json.dumps(on_two))
     said = output(process)
     assert process.returncode == 0, said
@@ -144,46 +144,63 @@ def test_an_error_on_one_rank_ends_all_and_is_said_once(tmp_path):
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_two_ranks_make_one_video_together(runs, name):
-    one, two = ({path.suffix: path for path in (runs / ranks / name).iterdir()} for ranks in ("one", "two"))
-    assert one.keys() == two.keys() == {".mp4", ".json"} | (set() if name == "long" else {".safetensors"})
-    ours, theirs = (media.read_video(paths[".mp4"]).astype(int) for paths in (one, two))
-    assert ours.shape == theirs.shape and abs(ours - theirs).max() <= 2  # of 255, in a file that loses some
-    if name != "long":
-        ours, theirs = (load_file(paths[".safetensors"])["latents"] for paths in (one, two))
-        assert (ours - theirs).abs().max() < 1e-5
+    assert_same_video(runs / "one" / name, runs / "two" / name)
 
 
-def test_ranks_share_prompts_and_seeds(tmp_path):
-    """The same files as one process writes, each made once."""
-    options = ["a", "b", "--model", str(GOLDENS / "fun-2b-inp"), "--device", "cpu", "--seed", "1", "2"]
-    options += "--num-steps 2 --num-frames 5 --height 32 --width 32".split()
-    assert sample.main([*options, "--out", str(tmp_path / "one")]) == 0
-    process = torchrun(ROOT / "sample.py", *options, "--out", str(tmp_path / "three"), num_ranks=3)
+def assert_same_video(one: Path, two: Path) -> None:
+    """Latents within 1e-5, which is rounding; the same file names."""
+    one, two = ({path.name: path for path in folder.iterdir()} for folder in (one, two))
+    assert one.keys() == two.keys() and len(one) == (2 if "long" in str(two) else 3)
+    for name, path in one.items():
+        if path.suffix == ".png":
+            ours, theirs = media.read_image(path).astype(int), media.read_image(two[name]).astype(int)
+            assert ours.shape == theirs.shape and abs(ours - theirs).max() <= 1  # of 255
+        if path.suffix == ".safetensors":
+            ours, theirs = load_file(path)["latents"], load_file(two[name])["latents"]
+            assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_four_ranks_share_six_videos_or_one(tmp_path):
+    """The same files as one process writes, each made once; of one alone, two ranks share each half."""
+    options = ["a", "b", "--model", str(GOLDENS / "fun-2b-inp"), "--device", "cpu", "--seed", "1", "2", "3"]
+    options += "--num-steps 1 --num-frames 5 --height 32 --width 32".split()
+    commands = {"six": options, "rotary/strip.png": SAMPLES["rotary"]}
+    on_four = [[*argv, "--out", str(tmp_path / "four" / name)] for name, argv in commands.items()]
+    for name, argv in commands.items():
+        assert sample.main([*argv, "--out", str(tmp_path / "one" / name)]) == 0
+    process = torchrun(Path(__file__), json.dumps(on_four), num_ranks=4)
     said = output(process)
     assert process.returncode == 0, said
-    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("one", "three")]
-    assert names[0] == names[1] and len(names[0]) == 12  # .mp4, .json, .safetensors of four
-    for i in range(1, 5):
-        files = [tmp_path / name / f"{i:04d}.safetensors" for name in ("one", "three")]
+    assert said.count("ranks work together") == 4
+    assert_same_video(tmp_path / "one" / "rotary", tmp_path / "four" / "rotary")
+    names = [sorted(path.name for path in (tmp_path / ranks / "six").iterdir()) for ranks in ("one", "four")]
+    assert names[0] == names[1] and len(names[0]) == 18  # .mp4, .json, .safetensors of six
+    for i in range(1, 7):
+        files = [tmp_path / ranks / "six" / f"{i:04d}.safetensors" for ranks in ("one", "four")]
         ours, theirs = (load_file(file)["latents"] for file in files)
         assert (ours - theirs).abs().max() < 1e-5
 
 
 def divide_and_watch(dit) -> None:
-    """`parallel.divide_tokens`, and an error if a rank then works on more than its half of the tokens."""
+    """`parallel.divide`, and an error if a rank then works on more than its part of prompts and tokens."""
 
-    def is_half(_, args: tuple) -> None:
-        assert args[0].shape[1] <= (num_tokens[-1] + 1) // 2, "a rank works on more than its part"
+    def enter(_, args: tuple) -> None:
+        noisy, _, text, _ = args
+        whole.append(len(noisy) * (noisy.shape[2:].numel() // (4 * dit.config.patch[0]) + text.shape[1]))
 
-    divide_tokens(dit)
-    num_tokens, block = [], dit.transformer_blocks[0]
-    block.register_forward_pre_hook(lambda _, args: num_tokens.append(args[0].shape[1]), prepend=True)
-    block.ff.register_forward_pre_hook(is_half)
+    def is_part(_, args: tuple) -> None:
+        num_ranks = int(os.environ["WORLD_SIZE"])
+        assert args[0].shape[:2].numel() < whole[-1] / num_ranks + 1, "a rank works on more than its part"
+
+    whole = []  # tokens of all prompts together
+    dit.register_forward_pre_hook(enter)
+    divide(dit)
+    dit.transformer_blocks[0].ff.register_forward_pre_hook(is_part)
     print("ranks work together")
 
 
 if __name__ == "__main__":
-    divide_tokens, parallel.divide_tokens = parallel.divide_tokens, divide_and_watch
+    divide, parallel.divide = parallel.divide, divide_and_watch
     for argv in json.loads(sys.argv[1]):
         program = train if argv[: len(SMALL)] == SMALL else sample
         assert program.main(argv) == 0
