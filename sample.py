@@ -100,6 +100,7 @@ class Models:
         self.loras = list(loras)
         self.on_all_ranks = False  # True: all ranks compute each velocity together, see parallel.py
         self.compile = False  # True: the transformer's blocks by torch.compile
+        self.low_memory = False  # True: the transformer's matrices as float8, see float8.py
         self.config = read_config(TransformerConfig, component_dir(model_dir, "transformer") / "config.json")
         self.vae_config = read_config(VAEConfig, component_dir(model_dir, "vae") / "config.json")
         self.schedule = Schedule.from_pretrained(model_dir)
@@ -134,6 +135,7 @@ class Models:
             "lora": [f"{file}:{weight}" for file, weight in self.loras],
             "kind": self.kind,
             "dtype": str(self.dtype)[6:],
+            "low_memory": self.low_memory,
             "device": str(self.device),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
         }
@@ -193,11 +195,16 @@ class Models:
 
                 speed_up(vae)
             return vae
-        dit = VideoTransformer.from_pretrained(self.model_dir, self.dtype, self.device)
+        device = "cpu" if self.low_memory else self.device
+        dit = VideoTransformer.from_pretrained(self.model_dir, self.dtype, device)
         for file, weight in self.loras:
             from lora import load_lora
 
             load_lora(dit, file, weight)
+        if self.low_memory:
+            from float8 import shrink
+
+            shrink(dit, self.device)
         if self.on_all_ranks:
             from parallel import divide
 
@@ -738,6 +745,8 @@ def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
     pixel_map = models.vae_config.block_out_channels[1] * 64 * latents[3] * latents[4] * size
     token_map = prompts * (dit.max_text_seq_length + tokens) * dit.dim * size
     weights = {name: count * size for name, count in models.num_parameters.items()}
+    if models.low_memory:
+        weights["transformer"] = models.num_parameters["transformer"]
     if models.keep:
         weights = dict.fromkeys(weights, sum(weights.values()))
     else:
@@ -899,6 +908,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--step-cache", "skip blocks where they change less than this: faster, try 0.1; 0: never", type=float)
     add("--dtype", "default: bfloat16 on a GPU, else float32", choices=DTYPES)
     add("--device", "such as cuda, cuda:1, mps, cpu; default: the best there is")
+    add(
+        "--low-memory",
+        "the transformer's weights as float8: half the memory, other numbers",
+        action="store_true",
+    )
     add("--compile", "torch.compile the transformer: slow to start, faster steps", action="store_true")
     add("--out", ".mp4, .gif, .png (a strip of frames), or a folder for NNNN.mp4; default: outputs")
     add("--from-latents", "only decode latents saved by an earlier run", metavar="FILE")
@@ -942,6 +956,7 @@ def open_models(args: argparse.Namespace) -> Models:
     loras = [parse_lora(text) for text in args.lora or []]
     models = load_models(find_model(args.model or TINY), dtype, device, loras=loras)
     models.compile = args.compile
+    models.low_memory = args.low_memory
     return models
 
 
