@@ -1,4 +1,4 @@
-"""From a prompt, pictures or a clip to a video: `generate`, long videos, and the command line.
+"""From a prompt, pictures or a clip to a video: `generate`, and the command line.
 
     prompt ─Tokenizer, T5─────────────────────────────────► text 1|2 L d        encode_text
     picture(s), clip + mask ─inpaint_condition────────────► condition 1 17 …    encode_known
@@ -7,16 +7,7 @@
     latents ─decode_stream────────────────────────► uint8 f h w 3 ─► mp4, gif, png   decode
 
 Each network is loaded at its first use and freed after it, so that the largest, not the sum, has to fit.
-What a model can do follows from its channels (`model_kind`):
-
-    in_channels         kind     takes a prompt and …                       its pipeline in the reference
-    16                  text     a clip and strength                        diffusers CogVideoX, …VideoToVideo
-    33 = 16+1+16        inpaint  start, end pictures; clip, mask, strength  CogVideoX_Fun_Pipeline_Inpaint
-    32 = 16+16          control  a control clip                             CogVideoX_Fun_Pipeline_Control
-    32, learned or ofs  image    a start picture, an end if trained so      diffusers CogVideoXImageToVideo
-
-Models of kind text or image with patch_size_t are CogVideoX1.5: where the number of latent frames is odd they
-make one more in front, which is dropped before decoding (`num_padding`).
+What can be asked for, of which kind of model, is in request.py.
 
 b batch · c channels · f frames · h w height, width (f' h' w' of latents) · L text tokens · d model width
 """
@@ -32,9 +23,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,16 +43,14 @@ from checkpoint import (
 )
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
 from inpaint import add_reference_noise, inpaint_condition
-from media import Clip, Picture, read_image, read_mask, read_video, resize, to_pixels, to_uint8, write_video
+from media import to_pixels, to_uint8, write_video
+from request import Known, Request, complete, latent_shape, read_inputs
 from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, fail, in_one_line, say
-from sizes import check_frames, latent_grid, num_tokens
+from sizes import latent_grid, num_tokens
 from text_encoder import ALIASES, T5Config, T5Encoder, Tokenizer
 from transformer import (
     TransformerConfig,
     VideoTransformer,
-    check_size,
-    choose_size,
-    legal_num_frames,
     model_kind,
     native_fps,
     native_size,
@@ -218,202 +206,6 @@ class Models:
 load_models = Models  # as a function: it only looks at the folder; networks come when they are used
 
 
-# ---------------------------------------------------------------- what is asked for
-
-TAKES = {  # by kind
-    "text": {"video"},
-    "inpaint": {"image", "end_image", "video", "mask"},
-    "control": {"control_video"},
-    "image": {"image", "end_image"},
-}
-NEEDS = {"control": "control_video", "image": "image"}
-BOUNDS = {  # of numbers that would else give noise, or nothing, after a long wait
-    "guidance_scale": (0, 1000, "the models like 6"),
-    "noise_aug_strength": (0, 10, "try 0.0563"),
-    "num_steps": (1, 1000, "the models like 50"),
-    "seed": (0, 2**63 - 1, "any in between will do"),
-    "fps": (0.1, 1000, "the models like 8 or 16"),
-    "step_cache": (0, 10, "0 computes every step, 0.1 fewer, 0.2 fewer still"),
-}
-
-
-@dataclass
-class Request:
-    """Everything `generate` can be asked for. None means: not given, or the model's own value."""
-
-    prompt: str
-    negative_prompt: str = ""
-    image: Picture | list[Picture] | None = None  # start picture, or the first few frames
-    end_image: Picture | None = None
-    video: Clip | None = None  # to change (strength < 1) or to fill in (mask)
-    mask: Picture | Clip | None = None  # white, from 240 up: generate here
-    control_video: Clip | None = None
-    strength: float = 1.0  # how many of the steps are taken from the clip; 1 starts at pure noise
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    num_steps: int = 50
-    guidance_scale: float | None = None  # 1 or less: no guidance
-    dynamic_guidance: bool = False
-    guidance_interval: tuple[int, int] = (0, 999)  # timesteps outside go unguided (arXiv 2404.07724)
-    sampler: str | None = None  # a key of diffusion.SAMPLERS
-    seed: int | None = None  # None draws one
-    noise_aug_strength: float = 0.0563  # noise on known pixels, if the model was trained with it
-    fps: float | None = None  # clips are read at it
-    tiled: bool = False  # the VAE works through tiles: less memory, slightly other numbers
-    step_cache: float = 0.0  # above 0: blocks are skipped where they change less, see stepcache.py
-    latents: Tensor | None = None  # 1 16 f' h' w' to start from; nothing is added to them
-    randn: Callable[[tuple[int, ...]], Tensor] | None = None  # replaces every normal draw
-
-    def check(self, config: TransformerConfig) -> None:
-        """Stop, in one sentence, at what cannot be done or contradicts itself; reads no file."""
-        kind = model_kind(config)
-        name = f"a {config.in_channels}-channel {kind} model"
-        files = ("image", "end_image", "video", "mask", "control_video")
-        given = [flag for flag in files if getattr(self, flag) is not None]
-        for flag in given:
-            if flag not in TAKES[kind]:
-                other = "32-channel control" if flag == "control_video" else "33-channel inpaint (…-InP)"
-                raise ValueError(f"{name} takes no {flag}; a {other} model does")
-        if kind in NEEDS and NEEDS[kind] not in given:
-            raise ValueError(f"{name} needs {NEEDS[kind]}")
-        if "video" in given and ("image" in given or "end_image" in given):
-            raise ValueError(f"{given[0]} and video contradict each other; a video brings its own frames")
-        if "mask" in given and not ("video" in given or given == ["image", "mask"]):
-            raise ValueError("mask needs a video, or an image without end_image, to say where to change it")
-        if kind == "image" and isinstance(self.image, list) and len(self.image) > 1:
-            raise ValueError(
-                f"{name} takes one image, not {len(self.image)}; a 33-channel model takes several"
-            )
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength={self.strength} is outside (0, 1]; 0.8 changes much, 0.5 less, 1 all")
-        if self.strength < 1 and self.video is None:
-            raise ValueError(f"strength={self.strength} needs a video to start from")
-        for flag, (least, most, advice) in BOUNDS.items():
-            value = getattr(self, flag)
-            if value is not None and not least <= value <= most:  # true of NaN, too
-                raise ValueError(f"{flag}={value} is outside {least} … {most}; {advice}")
-        low, high = self.guidance_interval
-        if not 0 <= low <= high <= 999:
-            raise ValueError(f"guidance_interval={low} {high} is not two timesteps in 0 … 999, lower first")
-        if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler={self.sampler!r} is unknown; choose from {', '.join(SAMPLERS)}")
-        if int(self.num_steps * self.strength) < 1:
-            raise ValueError(f"strength={self.strength} of num_steps={self.num_steps} leaves no step; "
-                             f"the smallest is {1 / self.num_steps:.3g}")  # fmt: skip
-        check_size(config, self.height, self.width, self.num_frames)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The prompt, after the negative one if there is guidance."""
-        return (self.negative_prompt, self.prompt) if self.guidance_scale > 1 else (self.prompt,)
-
-
-def complete(request: Request, models: Models) -> Request:
-    """The request, checked, with the model's own values for what was left open, but for sizes."""
-    request.check(models.config)
-    own = {
-        "guidance_scale": models.schedule.default_guidance_scale,
-        "sampler": models.default_sampler,
-        "fps": native_fps(models.config),
-        "seed": int.from_bytes(os.urandom(4)),
-    }
-    missing = {name: value for name, value in own.items() if getattr(request, name) is None}
-    return replace(request, **missing)
-
-
-# ---------------------------------------------------------------- files read, sizes decided
-
-
-class Known(NamedTuple):
-    """What the files of a request hold, and the sizes that follow from them."""
-
-    num_frames: int
-    height: int
-    width: int
-    frames: np.ndarray | None = None  # uint8 f h w 3: known video, control, or an image model's pictures
-    mask: Tensor | None = None  # bool f h w, True = generate; None: all of it
-    notes: tuple[str, ...] = ()  # what was decided for the user
-
-
-def read_inputs(request: Request, config: TransformerConfig) -> Known:
-    """Read a request's files at the size of the video; no network is needed.
-
-    raises ValueError or OSError, in one sentence
-    """
-    notes = []
-    source = request.video if request.video is not None else request.control_video
-    num_frames = request.num_frames or native_size(config)[2]
-    clip = None
-    if source is not None:
-        clip = read_video(source, num_frames, request.fps)
-        if request.num_frames and len(clip) < num_frames:
-            raise ValueError(f"the clip has {len(clip)} frames at {request.fps:g} fps, fewer than "
-                             f"num_frames={num_frames}; leave num_frames out")  # fmt: skip
-        num_frames = len(clip)
-    legal = legal_num_frames(config, num_frames, from_clip=request.video is not None)
-    if legal != num_frames:
-        notes.append(f"{num_frames} frames do not fit this model: the first {legal} are taken")
-        num_frames = legal
-
-    images = request.image if isinstance(request.image, list) else [request.image]
-    images = [read_image(image) for image in images if image is not None]
-    end = None if request.end_image is None else read_image(request.end_image)
-    first = next((x for x in (*images, end, *(() if clip is None else clip[:1])) if x is not None), None)
-    source_size = None if first is None else first.shape[:2]
-    height, width = choose_size(config, request.height, request.width, source_size)
-    if source_size not in (None, (height, width)) and not (request.height and request.width):
-        notes.append(f"the input of {source_size[1]}x{source_size[0]} is made at {width}x{height}")
-
-    frames = mask = None
-    if clip is not None:
-        frames = resize(clip[:num_frames], height, width)
-        if request.video is not None and request.strength == 1 and request.mask is None:
-            notes.append("strength 1 and no mask: only the size and length of the video are kept")
-    elif images or end is not None:
-        images = [resize(image, height, width) for image in images]
-        ends = [] if end is None else [resize(end, height, width)]
-        if model_kind(config) == "image":
-            frames = np.stack(images + ends)
-        else:
-            frames, mask = place_pictures(images, ends, num_frames)
-    if request.mask is not None:
-        mask = read_mask(request.mask, num_frames, height, width, request.fps)
-    if mask is not None and not mask.any():
-        raise ValueError("what is given fills all frames and leaves nothing to generate; "
-                         "raise num_frames, or give a mask with some white")  # fmt: skip
-    known = Known(num_frames, height, width, frames, mask, tuple(notes))
-    shape = latent_shape(config, known)
-    if request.latents is not None and tuple(request.latents.shape) != shape:
-        raise ValueError(f"latents of shape {tuple(request.latents.shape)} do not fit; expected {shape}")
-    return known
-
-
-def place_pictures(
-    images: list[np.ndarray], ends: list[np.ndarray], num_frames: int
-) -> tuple[np.ndarray, Tensor]:
-    """Pictures as a clip and its mask: the first on every frame, the others and the end on their own.
-
-    The unknown frames are blacked out later; repeating the start picture there is the reference's way.
-    """
-    pictures = images + ends
-    if len(pictures) > num_frames:
-        raise ValueError(f"{len(pictures)} pictures are more than num_frames={num_frames}")
-    frames = np.repeat(pictures[0][None], num_frames, axis=0)
-    mask = torch.ones(frames.shape[:3], dtype=torch.bool)
-    places = [*range(len(images)), *([num_frames - 1] * len(ends))]
-    for place, picture in zip(places, pictures):
-        frames[place] = picture
-        mask[place] = False
-    return frames, mask
-
-
-def latent_shape(config: TransformerConfig, known: Known) -> tuple[int, int, int, int, int]:
-    """Of what the network makes, 1 16 f' h' w': CogVideoX1.5's padding counts."""
-    f, h, w = latent_grid(known.num_frames, known.height, known.width)
-    return 1, config.out_channels, f + num_padding(config, f), h, w
-
-
 # ---------------------------------------------------------------- the stages
 
 
@@ -475,7 +267,7 @@ def denoise(
     """
     schedule = Schedule(models.schedule.config, snr_shift=request.sampler in SNR_SHIFTED)
     timesteps = schedule.timesteps(request.num_steps)
-    timesteps = timesteps[request.num_steps - int(request.num_steps * request.strength) :]
+    timesteps = timesteps[-request.num_taken :]
     shape = latent_shape(models.config, known)
     x = request.latents
     if x is None:
@@ -619,115 +411,6 @@ def generate_each(
         for request, randn, (condition, start) in zip(requests, randns, encoded):
             text = texts[request.texts]
             yield denoise(models, request, known, text, condition, start, randn, progress)
-
-
-# ---------------------------------------------------------------- longer than the model
-
-OVERLAP = 5  # frames that a segment of a long video is given of the one before: two latent frames
-
-
-def segments(num_frames: int, length: int, overlap: int = OVERLAP) -> list[int]:
-    """How many frames each segment has in common with the one before, for num_frames in segments of `length`.
-
-    The first has none; the last as many as are needed to fill it. ValueError unless num_frames is 4k+1.
-    """
-    check_frames(num_frames)
-    shared, done = [0], length
-    while done < num_frames:
-        new = min(length - overlap, num_frames - done)
-        shared.append(length - new)
-        done += new
-    return shared
-
-
-def is_long(models: Models, num_frames: int | None) -> bool:
-    return models.kind == "inpaint" and (num_frames or 0) > native_size(models.config)[2]
-
-
-def generate_long(
-    models: Models,
-    prompt: str,
-    num_frames: int,
-    saved: Path | None = None,
-    progress: bool = False,
-    **settings,
-) -> Iterator[np.ndarray]:
-    """A video of any length, in chunks uint8 f h w 3: segments of the model's own length, where each is given
-    the last frames of the one before as known frames of an inpaint model, and fades in over them. Memory does
-    not grow with it.
-
-    settings: as for `generate`, but what gives other frames than the first and last ones
-    saved: the video's path; the latents of segment i are kept beside it as …-segment-i.safetensors, and those
-        that are there already are not sampled again
-    raises ValueError for other models and settings, and if a kept segment was made with other settings
-    """
-    length = native_size(models.config)[2]
-    for name in ("video", "mask", "control_video", "latents"):
-        if settings.get(name) is not None:
-            raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no {name}; "
-                             f"leave it out, or make {length} frames")  # fmt: skip
-    whole = complete(Request(prompt, **settings), models)
-    record = make_record(models, whole, num_frames, whole.height, whole.width)
-    overlaps = segments(num_frames, length)
-    before = None
-    for i, overlap in enumerate(overlaps):
-        is_last = i + 1 == len(overlaps)
-        end = whole.end_image if is_last else None
-        if before is None:
-            given = {"end_image": end}
-        else:
-            given = continue_from(before[-overlap:], length, end)
-        request = settings | given | {"num_frames": length, "seed": whole.seed + i}
-        file = saved and segment_file(saved, i)
-        if file and file.is_file():
-            latents = load_segment(file, record)
-        else:
-            latents = generate(models, prompt, output="latents", progress=progress, **request)
-            if file and models.writes:
-                save_latents(file, latents, record)
-        frames = np.concatenate(list(decode(models, latents, whole.tiled, progress)))
-        before = frames if before is None else fade(before, frames, overlap)
-        kept_back = 0 if is_last else overlaps[i + 1]  # the next segment fades in over them
-        yield before[: length - kept_back]
-
-
-def continue_from(known: np.ndarray, length: int, end_image: Picture | None) -> dict:
-    """The settings of a segment that begins with the known frames, uint8 f h w 3, and ends with a picture."""
-    height, width = known.shape[1:3]
-    video = np.zeros((length, height, width, 3), np.uint8)
-    mask = np.full_like(video, 255)
-    video[: len(known)] = known
-    mask[: len(known)] = 0
-    if end_image is not None:
-        video[-1] = resize(read_image(end_image), height, width)
-        mask[-1] = 0
-    return {"image": None, "end_image": None, "video": video, "mask": mask, "height": height, "width": width}
-
-
-def segment_file(path: Path, i: int) -> Path:
-    return path.with_name(f"{path.stem}-segment-{i + 1}.safetensors")
-
-
-def load_segment(file: Path, record: dict) -> Tensor:
-    """Its latents; ValueError if the record of then, but for the device, is not the record of now."""
-    latents, then = load_latents(file)
-    now = json.loads(as_json(record))
-    for name in now.keys() | then.keys():
-        if name not in ("device", "versions") and now.get(name) != then.get(name):
-            raise ValueError(f"{file} was made with {name}={then.get(name)}, not {now.get(name)}; "
-                             "give the same settings, delete it, or choose another --out")  # fmt: skip
-    return latents
-
-
-def fade(before: np.ndarray, after: np.ndarray, overlap: int) -> np.ndarray:
-    """`after`, its first frames, which `before` ends with as well, mixed with those: ever less of `before`.
-
-    What the VAE changes of known frames would else be seen as a jump. The reference's fade (predict_i2v.py)
-    begins with 0, 1/overlap, 2/overlap, …; these weights begin a frame earlier and so rise by less.
-    """
-    weights = np.arange(1, overlap + 1, dtype=np.float32)[:, None, None, None] / (overlap + 1)
-    mixed = before[-overlap:] + weights * (after[:overlap] - before[-overlap:].astype(np.float32))
-    return np.concatenate([mixed.round().astype(np.uint8), after[overlap:]])
 
 
 # ---------------------------------------------------------------- what is said before the start
@@ -999,37 +682,6 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, say: C
             yield path, decode(models, latents, record["tiled"], progress), record
 
 
-def make_long_videos(
-    models: Models, args: argparse.Namespace, settings: dict, say: Callable
-) -> Iterator[Video]:
-    """Each is written while it is made. Segments of one that was broken off are found beside it."""
-    models.keep = True  # every segment needs all networks
-    num_frames = settings.pop("num_frames")
-    count = len(args.prompt) * len(args.seed or [0]) * args.num_videos
-    paths = agree(output_paths(Path(args.out), count, ".mp4"))
-    if args.seed is None and segment_file(paths[0], 0).is_file():
-        _, record = load_latents(segment_file(paths[0], 0))
-        args.seed = [record.get("seed", 0)]
-    requests = make_requests(models, args, settings)
-    overlaps = segments(num_frames, native_size(models.config)[2])
-    say(describe(models, requests, read_inputs(requests[0], models.config)))
-    seeds = ", ".join(str(request.seed) for request in requests)
-    say(f"{num_frames} frames in {len(overlaps)} segments, which have {str(overlaps[1:])[1:-1]} frames in "
-        f"common with those before; seeds {seeds}")  # fmt: skip
-    for request, path in deal(models, list(zip(requests, paths))):
-        progress = not args.quiet and models.writes
-        asked = settings | {"seed": request.seed}
-        chunks = generate_long(models, request.prompt, num_frames, path, progress, **asked)
-        record = make_record(models, request, num_frames, request.height, request.width)
-        if models.writes:
-            yield path, chunks, record
-            for i in range(len(overlaps)):
-                segment_file(path, i).unlink()
-        else:
-            for _ in chunks:
-                pass
-
-
 def decode_again(args: argparse.Namespace) -> tuple[Models, Iterator[Video]]:
     """From latents that were saved, with the model, dtype and fps of then unless others are given."""
     latents, record = load_latents(Path(args.from_latents))
@@ -1065,8 +717,12 @@ def run(args: argparse.Namespace) -> None:
         models, videos = decode_again(args)
     else:
         models = open_models(args)
-        make = make_long_videos if is_long(models, args.num_frames) else make_videos
-        videos = make(models, args, settings, tell)
+        if models.kind == "inpaint" and (args.num_frames or 0) > native_size(models.config)[2]:
+            from long_video import make_long_videos  # here, so that long_video.py can be deleted
+
+            videos = make_long_videos(models, args, settings, tell)
+        else:
+            videos = make_videos(models, args, settings, tell)
     for path, chunks, record in videos:
         write_video(chunks, path, record["fps"])
         with atomic_write(path.with_suffix(".json")) as temporary:
@@ -1096,4 +752,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import sample  # this file once more, as the one module that long_video.py knows, too
+
+    sys.exit(sample.main())
