@@ -20,6 +20,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from checkpoint import build, component_dir, read_tensors, weight_files
+from models import Models
 from transformer import TransformerConfig, VideoTransformer, model_kind
 
 POLYNOMIALS = {  # (kind, layers, patch_size_t) -> coefficients, highest power first
@@ -29,10 +31,6 @@ POLYNOMIALS = {  # (kind, layers, patch_size_t) -> coefficients, highest power f
     ("text", 42, 2): (250.210439, -165.061612, 35.7804877, -0.781551492, 3.58559703e-2),
     ("image", 42, 2): (122.842302, -104.088754, 26.2981677, -0.306009921, 3.71213220e-2),
 }
-
-
-def polynomial_of(config: TransformerConfig) -> tuple[float, ...] | None:
-    return POLYNOMIALS.get((model_kind(config), config.num_layers, config.patch_size_t))
 
 
 def planned_skips(vectors: Tensor, threshold: float, polynomial: tuple[float, ...]) -> list[bool]:
@@ -52,19 +50,39 @@ def planned_skips(vectors: Tensor, threshold: float, polynomial: tuple[float, ..
     return [*skips, False][: len(vectors)]
 
 
+def plan(dit: VideoTransformer, threshold: float, timesteps: Tensor) -> set[int] | None:
+    """The timesteps at which blocks are skipped; None where the first block decides."""
+    polynomial = POLYNOMIALS.get((model_kind(dit.config), dit.config.num_layers, dit.config.patch_size_t))
+    if polynomial is None:
+        return None
+    weight = dit.time_embedding.linear_1.weight
+    vectors = dit.time_vector(timesteps.to(weight.device), weight.dtype)
+    skips = planned_skips(vectors, threshold, polynomial)
+    return {t for t, skip in zip(timesteps.tolist(), skips) if skip}
+
+
+@torch.inference_mode()
+def announce(models: Models, threshold: float, timesteps: Tensor) -> str:
+    """What is known before the transformer is loaded; of its weights only those of the timestep are read."""
+    folder = component_dir(models.model_dir, "transformer")
+    dit = build(VideoTransformer, TransformerConfig, folder)
+    files = weight_files(folder)
+    keys = [key for key in files if key.startswith(("time_embedding.", "ofs_embedding."))]
+    state = {key: tensor.to(models.dtype) for key, tensor in read_tensors(files, keys)}
+    dit.load_state_dict(state, strict=False, assign=True)
+    skipped = plan(dit, threshold, timesteps)
+    if skipped is None:
+        return f"threshold {threshold:g}, the first block of each step decides"
+    return f"threshold {threshold:g}, {len(timesteps) - len(skipped)} of {len(timesteps)} steps computed"
+
+
 class StepCache:
     """What the blocks added in the last step that computed them, of each forward of a step by itself."""
 
     def __init__(self, dit: VideoTransformer, threshold: float, timesteps: Tensor):
         self.threshold = threshold
         self.plain = dit.run_blocks
-        self.skipped: set[int] | None = None  # timesteps, where there is a plan
-        polynomial = polynomial_of(dit.config)
-        if polynomial is not None:
-            weight = dit.proj_out.weight
-            vectors = dit.time_vector(timesteps.to(weight.device), weight.dtype)
-            skips = planned_skips(vectors, threshold, polynomial)
-            self.skipped = {t for t, skip in zip(timesteps.tolist(), skips) if skip}
+        self.skipped = plan(dit, threshold, timesteps)
         self.kept: dict[int, tuple[Tensor | None, Tensor]] = {}  # of the first block, of the others
         self.num_prompts = 0
         self.num_computed = self.num_forwards = 0
