@@ -19,12 +19,12 @@ import numpy as np
 from torch import Tensor
 
 import sample
+from kinds import native_size
 from media import Picture, read_image, resize
 from request import Request, complete, read_inputs
 from runtime import agree
 from sample import Models, Video
 from sizes import check_frames
-from transformer import native_size
 
 OVERLAP = 5  # frames that a segment is given of the one before: two latent frames
 

@@ -20,9 +20,10 @@ from torch import nn
 
 from checkpoint import build, check_weights, component_dir, read_config
 from diffusion import Schedule
+from kinds import model_kind
 from runtime import RANK
 from text_encoder import ALIASES, T5Config, T5Encoder, Tokenizer
-from transformer import TransformerConfig, VideoTransformer, model_kind
+from transformer import TransformerConfig, VideoTransformer
 from vae import VAEConfig, VideoVAE
 
 

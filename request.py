@@ -3,16 +3,7 @@
     Request ─complete─► checked, with the model's own values for what was left open
             ─read_inputs─► Known: num_frames, height, width; frames uint8 f h w 3, mask bool f h w
 
-What a model can do follows from its channels (`model_kind`):
-
-    in_channels         kind     takes a prompt and …                       its pipeline in the reference
-    16                  text     a clip and strength                        diffusers CogVideoX, …VideoToVideo
-    33 = 16+1+16        inpaint  start, end pictures; clip, mask, strength  CogVideoX_Fun_Pipeline_Inpaint
-    32 = 16+16          control  a control clip                             CogVideoX_Fun_Pipeline_Control
-    32, learned or ofs  image    a start picture, an end if trained so      diffusers CogVideoXImageToVideo
-
-Models of kind text or image with patch_size_t are CogVideoX1.5: where the number of latent frames is odd they
-make one more in front, which is dropped before decoding (`num_padding`).
+Which model takes what is in TAKES; the kinds of models are explained in kinds.py.
 
 f frames · h w height, width (f' h' w' of latents)
 """
@@ -27,10 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion import SAMPLERS
-from media import Clip, Picture, read_image, read_mask, read_video, resize
-from sizes import latent_grid
-from transformer import (
-    TransformerConfig,
+from kinds import (
     check_size,
     choose_size,
     legal_num_frames,
@@ -39,6 +27,9 @@ from transformer import (
     native_size,
     num_padding,
 )
+from media import Clip, Picture, read_image, read_mask, read_video, resize
+from sizes import latent_grid
+from transformer import TransformerConfig
 
 TAKES = {  # by kind
     "text": {"video"},

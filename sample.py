@@ -32,12 +32,13 @@ from tqdm import tqdm
 from checkpoint import find_model, open_safetensors, save_tensors, unknown_keys
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
 from inpaint import add_reference_noise, inpaint_condition
+from kinds import native_fps, native_size, num_padding
 from media import to_pixels, to_uint8, write_video
 from models import Models, load_models
 from request import Known, Request, complete, latent_shape, read_inputs
 from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, fail, in_one_line, say
 from sizes import latent_grid, num_tokens
-from transformer import VideoTransformer, native_fps, native_size, num_padding
+from transformer import VideoTransformer
 from vae import decoded_frames
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import build, component_dir, read_tensors, weight_files
+from kinds import model_kind
 from models import Models
-from transformer import TransformerConfig, VideoTransformer, model_kind
+from transformer import TransformerConfig, VideoTransformer
 
 POLYNOMIALS = {  # (kind, layers, patch_size_t) -> coefficients, highest power first
     ("text", 30, None): (-31.0658903, 25.4732368, -5.92380459, 1.75769064, -3.61568434e-3),

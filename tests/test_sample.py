@@ -17,10 +17,10 @@ from PIL import Image
 
 import long_video
 import sample
+from kinds import choose_size, legal_num_frames, native_size
 from media import read_video, write_video
 from request import Request, complete, read_inputs
 from sample import generate, load_models
-from transformer import choose_size, legal_num_frames, native_size
 from vae import VideoVAE
 
 ASSETS = GOLDENS / "fun-2b-inp/assets"

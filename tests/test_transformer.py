@@ -12,18 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kinds import check_size, choose_size, legal_num_frames, native_fps, native_size, num_padding
 from transformer import (
     ATTENTION_KERNELS,
     CHECKPOINTING,
     TransformerConfig,
     VideoTransformer,
-    check_size,
-    choose_size,
     grow_input_channels,
-    legal_num_frames,
-    native_fps,
-    native_size,
-    num_padding,
 )
 
 CASES = [
