@@ -299,7 +299,7 @@ def test_help_shows_every_flag_and_its_default(capfd):
     text = " ".join(capfd.readouterr().out.split())
     assert stop.value.code == 0
     for words in (
-        "steps of the sampler (default 50)",
+        "come near to 50 (default 50)",
         "default: the model's own, else 6",
         "(default 0.0563)",
         "(default 0 999)",
