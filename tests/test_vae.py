@@ -226,8 +226,3 @@ def test_bf16_stays_within_rounding_of_fp32():
 def test_a_config_we_cannot_honour_is_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         VAEConfig(**changes)
-
-
-def test_sizes_that_cannot_work_are_named():
-    with pytest.raises(ValueError, match="20 × 16; the VAE takes multiples of 8"):
-        tiny().moments(torch.zeros(1, 3, 5, 20, 16))
