@@ -38,24 +38,17 @@ def write_metadata(folder: Path, *names: str, **more: str) -> Path:
 def test_a_good_data_set_is_reported_file_by_file_with_its_buckets(tmp_path, capsys):
     encode(tmp_path / "a.mp4", num_frames=30, fps=15)
     Image.fromarray(colourful()[0]).save(tmp_path / "b.png")
-    height, width = colourful().shape[1:3]
     meta = write_metadata(tmp_path, "a.mp4", "b.png")
     status, text, _ = check(capsys, meta, *SMALL, "--fps", 7.5)
     assert status == 0 and text.endswith("samples: 2, lost: 0, odd: 0, mistakes: 0\n")
     assert f"{tmp_path / 'a.mp4'}: 30 frames at 15 fps, 32x48, for 9x32x32, 9x32x64\n" in text
-    assert f"{tmp_path / 'b.png'}: 1 frame, {height}x{width}, for 1x32x32" in text
     status, text, _ = check(capsys, meta, *SMALL, "--fps", 7.5, "--json")
-    report = json.loads(text)
-    assert status == 0 and (report["samples"], report["lost"], report["mistakes"]) == (2, 0, [])
-    clip, picture = report["files"]
+    clip, picture = json.loads(text)["files"]
     assert (clip["frames"], clip["fps"], clip["size"], clip["odd"]) == (30, 15, [32, 48], [])
-    assert (picture["frames"], picture["fps"], picture["size"]) == (1, None, [height, width])
     plan = data.Plan((32, 48), 24, 24, 9)
     for file, num_frames in ((clip, 15), (picture, 1)):
-        drawn = {
-            data.choose_bucket(record(num_frames, *file["size"]), plan, generator(0, 0, i, "resolution"))
-            for i in range(30)
-        }
+        sample = record(num_frames, *file["size"])
+        drawn = {data.choose_bucket(sample, plan, generator(0, 0, i, "resolution")) for i in range(30)}
         assert sorted(map(tuple, file["buckets"])) == sorted(drawn)  # what training draws
 
 
@@ -72,11 +65,7 @@ def test_what_training_would_lose_is_found_by_decoding(tmp_path, capsys):
     status, text, _ = check(capsys, write_metadata(tmp_path, *names), *SMALL, "--json")
     files = {Path(file["file"]).name: file for file in json.loads(text)["files"]}
     assert status == 1 and json.loads(text)["lost"] == 3 and files["good.mp4"]["lost"] == ""
-    reasons = {
-        "torn.mp4": "damaged",
-        "short.mp4": "",
-        "grows.ts": "changes its size",
-    }
+    reasons = {"torn.mp4": "damaged", "short.mp4": "", "grows.ts": "changes its size"}
     for name, reason in reasons.items():
         assert name in files[name]["lost"] and reason in files[name]["lost"], files[name]
     status, text, _ = check(capsys, tmp_path / "meta.json", *SMALL)

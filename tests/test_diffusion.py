@@ -104,9 +104,7 @@ def test_short_dtypes_round_the_table_before_the_root():
     schedule, t = Schedule(), torch.tensor([400])
     x0, noise = torch.zeros(1, 2, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16)
     a = schedule.alphas_cumprod[t].bfloat16()
-    noisy = schedule.add_noise(x0, noise, t)
-    assert noisy.dtype == torch.bfloat16
-    assert torch.equal(noisy, ((1 - a) ** 0.5 * noise))
+    assert torch.equal(schedule.add_noise(x0, noise, t), ((1 - a) ** 0.5 * noise))
 
 
 def test_timesteps_outside_the_schedule_are_refused():
@@ -268,68 +266,17 @@ def test_the_exact_velocity_leads_to_the_exact_sample(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_keep_the_dtype_of_the_latents(name):
-    schedule, noise = schedule_for(name), torch.randn(2, 3, 4)
-    final = []
+    def network(x, t):
+        return 0.3 * x.float() + 0.1
+
+    schedule, noise, final = schedule_for(name), torch.randn(2, 3, 4), []
     for dtype in (torch.float32, torch.bfloat16):
-        generator = torch.Generator().manual_seed(0)
-        run = SAMPLERS[name](
-            lambda x, t: 0.3 * x.float() + 0.1,
-            noise.to(dtype),
-            schedule,
-            schedule.timesteps(4),
-            lambda: torch.randn(2, 3, 4, generator=generator).to(dtype),  # noqa: B023
-        )
-        *_, x = run
+        draws = iter(torch.randn(4, 2, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype))
+        timesteps, start = schedule.timesteps(4), noise.to(dtype)
+        *_, x = SAMPLERS[name](network, start, schedule, timesteps, draws.__next__)
         assert x.dtype == dtype
         final.append(x)
     assert_close(final[1].float(), final[0], 0.05)  # four steps, each rounded to 8 bits of mantissa
-
-
-SPREAD = 0.5  # standard deviation of a Gaussian that samplers are asked to make
-
-
-def gaussian_velocity(schedule):
-    """The best a network could do for samples from N(0, SPREAD²): like a trained one, and unlike an oracle of
-    one sample, it says less the noisier its input is, so wrong steps leave a trace."""
-
-    def denoise(x, t):
-        a = schedule.alphas_cumprod[t]
-        variance = a * SPREAD**2 + 1 - a
-        return (a * (1 - a)) ** 0.5 * (1 - SPREAD**2) / variance * x
-
-    return denoise
-
-
-def made_by(name, num_steps, start):
-    schedule, draws = schedule_for(name), torch.Generator().manual_seed(1)
-    *_, x = SAMPLERS[name](
-        gaussian_velocity(schedule),
-        start,
-        schedule,
-        schedule.timesteps(num_steps),
-        lambda: torch.randn(start.shape, generator=draws, dtype=start.dtype),
-    )
-    return x
-
-
-@pytest.mark.parametrize("name", ["ddim", "ddim-cog", "euler", "dpm++"])
-def test_samplers_without_noise_solve_the_flow_the_better_the_more_steps(name):
-    """From pure noise z the flow's end is SPREAD·z, but for the last stretch, which starts from ā(0) < 1."""
-    start = torch.ones(1, dtype=torch.float64)
-    errors = [abs(made_by(name, num_steps, start).item() / SPREAD - 1) for num_steps in (25, 50, 250)]
-    assert errors[2] < errors[1] < errors[0] < 0.22 and errors[2] < 0.04, errors
-
-
-def test_the_second_order_pays():
-    start = torch.ones(1, dtype=torch.float64)
-    first, second = (abs(made_by(name, 50, start).item() / SPREAD - 1) for name in ("euler", "dpm++"))
-    assert second < 0.6 * first
-
-
-@pytest.mark.parametrize("name", ["dpm-cog", "euler-a"])
-def test_samplers_with_noise_end_at_the_right_variance(name):
-    made = made_by(name, 250, torch.randn(20_000, dtype=torch.float64))
-    assert abs(made.std() / SPREAD - 1) < 0.03  # 20,000 draws leave 0.5 %, 250 steps the rest
 
 
 def test_timesteps_elsewhere_are_looked_up_there_and_not_waited_for():

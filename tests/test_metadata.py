@@ -1,6 +1,7 @@
 """Lists of samples and folders of them: what they hold, and what is wrong with them, to the last file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -122,10 +123,10 @@ def test_a_folder_accounts_for_every_file_in_it(tmp_path, capsys):
 
 
 def test_the_digest_of_the_samples_tells_other_samples_and_not_other_places(tmp_path, monkeypatch):
-    for folder in (tmp_path / "here", tmp_path / "there" / "deep"):
-        folder.mkdir(parents=True)
-        make_files(folder)
-        (folder / "meta.json").write_text(json.dumps(items()))
+    (tmp_path / "here").mkdir()
+    make_files(tmp_path / "here")
+    (tmp_path / "here" / "meta.json").write_text(json.dumps(items()))
+    shutil.copytree(tmp_path / "here", tmp_path / "there" / "deep")
 
     def digest(path) -> str:
         return data.digest(data.open_records(data.read_metadata(path))[0])
