@@ -296,24 +296,22 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     for name, component in (("transformer", config), ("vae", models.vae_config)):
         if unknown := unknown_keys(component):
             notes.append(f"{name}/config.json has keys we do not know: {', '.join(unknown)}")
-    step_cache = []
-    if request.step_cache:
-        from stepcache import announce  # here and above, so that stepcache.py can be deleted
-
-        timesteps = models.schedule.timesteps(request.num_steps)[-request.num_taken :]
-        step_cache.append(f"cache    {announce(models, request.step_cache, timesteps)}")
-    return "\n".join([
+    lines = [
         f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, "
         f"{models.num_parameters['transformer'] / 1e9:.3g} B parameters",
         f"video    {len(requests)} of {known.width}x{known.height}, {known.num_frames} frames -> "
         f"{latents[2]} latent frames -> {tokens} tokens",
         f"sampler  {request.sampler}, {request.num_steps} steps, strength {request.strength:g}, "
         f"guidance {request.guidance_scale:g}",
-        *step_cache,
         f"device   {models.device}, {str(models.dtype)[6:]}",
         f"memory   about {memory} GiB",
-        *(f"note     {note}" for note in notes),
-    ])  # fmt: skip
+    ]
+    if request.step_cache:
+        from stepcache import announce  # here and above, so that stepcache.py can be deleted
+
+        timesteps = models.schedule.timesteps(request.num_steps)[-request.num_taken :]
+        lines.append(f"cache    {announce(models, request.step_cache, timesteps)}")
+    return "\n".join([*lines, *(f"note     {note}" for note in notes)])
 
 
 def prompt_notes(models: Models, requests: list[Request]) -> list[str]:
@@ -437,11 +435,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--step-cache", "skip blocks where they change less than this: faster, try 0.1; 0: never", type=float)
     add("--dtype", "default: bfloat16 on a GPU, else float32", choices=DTYPES)
     add("--device", "such as cuda, cuda:1, mps, cpu; default: the best there is")
-    add(
-        "--low-memory",
-        "the transformer's weights as float8: half the memory, other numbers",
-        action="store_true",
-    )
+    add("--low-memory", "transformer weights as float8: half the memory, other numbers", action="store_true")
     add("--compile", "torch.compile the transformer: slow to start, faster steps", action="store_true")
     add("--out", ".mp4, .gif, .png (a strip of frames), or a folder for NNNN.mp4; default: outputs")
     add("--from-latents", "only decode latents saved by an earlier run", metavar="FILE")
@@ -580,7 +574,7 @@ def run(args: argparse.Namespace) -> None:
         tell(f"step cache: {computed} of {forwards} forwards of the transformer computed in full")
 
 
-MEMORY_REMEDY = "try a smaller --height, --width or --num-frames, --tiled, or --dtype bfloat16"
+MEMORY_REMEDY = "try a smaller --height, --width or --num-frames, --tiled, --low-memory, or --dtype bfloat16"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -102,6 +102,30 @@ class TransformerConfig:
         return self.patch_size_t or 1, self.patch_size
 
 
+POSITIONS = ("interpolate", "regenerate", "slice")
+
+
+def position_rule(config: TransformerConfig) -> str | None:
+    """What a model with added positions does off its native grid; None if it has RoPE alone.
+
+    "interpolate": stretch the native table in space, cut it in time. CogVideoX-Fun does so; its models are
+        those with condition channels.
+    "regenerate": compute the table for the grid at hand. diffusers does so for plain CogVideoX, and in place
+        of learned positions at another number of frames.
+    "slice", for comparison only: the first n rows of the flattened native table, as the original CogVideoX
+        takes them. On a narrower grid they break lines in the wrong places.
+    `train.py --set position=…` picks another rule; the folders it writes say so: "position" in config.json.
+    """
+    if "position" in config.extra:
+        only(config, position=POSITIONS)
+        return config.extra["position"]
+    if config.use_learned_positional_embeddings:
+        return "regenerate"
+    if config.use_rotary_positional_embeddings:
+        return None
+    return "interpolate" if config.in_channels != config.out_channels else "regenerate"
+
+
 # ---------------------------------------------------------------- into tokens
 
 
@@ -422,8 +446,6 @@ class VideoTransformer(nn.Module):
         frames, rows, cols = config.native_grid
         if self.position == "interpolate" and f > frames:
             raise ValueError(f"{f} latent frames; this model's positions end at {frames}")
-        if self.position == "slice" and f * h * w > 4 * frames * rows * cols:
-            raise ValueError(f"{f * h * w // 4} tokens; a sliced table ends at {frames * rows * cols}")
         if config.use_learned_positional_embeddings and (h, w) != (2 * rows, 2 * cols):
             raise ValueError(f"latents are {h}x{w}; learned positions only fit {2 * rows}x{2 * cols}")
 
@@ -446,30 +468,6 @@ class VideoTransformer(nn.Module):
         """
         stamps = {"_class_name": "CogVideoXTransformer3DModel", "max_shard_bytes": max_shard_bytes}
         save_component(self, Path(model_dir) / "transformer", state=state, **stamps)
-
-
-POSITIONS = ("interpolate", "regenerate", "slice")
-
-
-def position_rule(config: TransformerConfig) -> str | None:
-    """What a model with added positions does off its native grid; None if it has RoPE alone.
-
-    "interpolate": stretch the native table in space, cut it in time. CogVideoX-Fun does so; its models are
-        those with condition channels.
-    "regenerate": compute the table for the grid at hand. diffusers does so for plain CogVideoX, and in place
-        of learned positions at another number of frames.
-    "slice", for comparison only: the first n rows of the flattened native table, as the original CogVideoX
-        takes them. On a narrower grid they break lines in the wrong places.
-    `train.py --position` picks another rule, and the folders it writes say so: "position" in config.json.
-    """
-    if "position" in config.extra:
-        only(config, position=POSITIONS)
-        return config.extra["position"]
-    if config.use_learned_positional_embeddings:
-        return "regenerate"
-    if config.use_rotary_positional_embeddings:
-        return None
-    return "interpolate" if config.in_channels != config.out_channels else "regenerate"
 
 
 # ---------------------------------------------------------------- from one kind to another
