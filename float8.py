@@ -40,9 +40,7 @@ def shrink(dit: VideoTransformer, device: str | torch.device) -> None:
         weight = (weight / scale).to(torch.float8_e4m3fn)
         module.__class__ = Linear
         module.weight = nn.Parameter(weight, requires_grad=False)
-        module.register_buffer(
-            "scale", scale
-        )  # in the state dict, where it keeps a saved folder from loading
+        module.register_buffer("scale", scale)  # part of the state dict: what is saved does not load as whole
     shrunk = {id(module.weight) for module in matrices}
     for tensor in [*dit.parameters(), *dit.buffers()]:
         if id(tensor) not in shrunk:

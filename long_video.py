@@ -35,7 +35,8 @@ def segments(num_frames: int, length: int, overlap: int = OVERLAP) -> list[int]:
     The first has none; the last as many as are needed to fill it. ValueError unless num_frames is 4k+1.
     """
     check_frames(num_frames)
-    shared, done = [0], length
+    shared = [0]
+    done = length
     while done < num_frames:
         new = min(length - overlap, num_frames - done)
         shared.append(length - new)
@@ -72,12 +73,12 @@ def generate_long(
         end = whole.end_image if is_last else None
         given = {"end_image": end} if before is None else continue_from(before[-overlap:], length, end)
         request = settings | given | {"num_frames": length, "seed": whole.seed + i}
-        file = saved and segment_file(saved, i)
-        if file and file.is_file():
+        file = None if saved is None else segment_file(saved, i)
+        if file is not None and file.is_file():
             latents = load_segment(file, record)
         else:
             latents = sample.generate(models, prompt, output="latents", progress=progress, **request)
-            if file and models.writes:
+            if file is not None and models.writes:
                 sample.save_latents(file, latents, record)
         frames = np.concatenate(list(sample.decode(models, latents, whole.tiled, progress)))
         before = frames if before is None else fade(before, frames, overlap)

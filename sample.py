@@ -261,11 +261,13 @@ def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
     Activations are counted in maps of the VAE's widest layers and in tokens of the transformer's width; the
     factors are measured, of decoding on an H200 in bf16, else on CPUs.
     """
-    size, dit = models.dtype.itemsize, models.config
-    tokens = num_tokens(4 * latents[2] - 3, 8 * latents[3], 8 * latents[4], dit.patch_size_t or 1)
-    prompts = 2 if tokens <= SMALL_TOKENS else 1
-    pixel_map = models.vae_config.block_out_channels[1] * 64 * latents[3] * latents[4] * size
-    token_map = prompts * (dit.max_text_seq_length + tokens) * dit.dim * size
+    size = models.dtype.itemsize
+    config = models.config
+    _, _, f, h, w = latents
+    tokens = num_tokens(4 * f - 3, 8 * h, 8 * w, config.patch_size_t or 1)
+    at_once = 2 if tokens <= SMALL_TOKENS else 1
+    pixel_map = models.vae_config.block_out_channels[1] * 64 * h * w * size
+    token_map = at_once * (config.max_text_seq_length + tokens) * config.dim * size
     weights = {name: count * size for name, count in models.num_parameters.items()}
     if models.low_memory:
         weights["transformer"] = models.num_parameters["transformer"]
@@ -283,7 +285,8 @@ def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
 
 def describe(models: Models, requests: list[Request], known: Known) -> str:
     """The lines printed at the start: model, sizes, tokens, memory of each stage, and what was decided."""
-    request, config = requests[0], models.config
+    request = requests[0]
+    config = models.config
     latents = latent_shape(config, known)
     num_padded = num_padding(config, latent_grid(*known[:3])[0])
     tokens = num_tokens(*known[:3], config.patch_size_t or 1)
@@ -316,7 +319,8 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
 
 def prompt_notes(models: Models, requests: list[Request]) -> list[str]:
     """What of the prompts does not reach the network: what is too long, and words a small model lacks."""
-    notes, tokenizer = [], models.tokenizer
+    notes = []
+    tokenizer = models.tokenizer
     for prompt in dict.fromkeys(request.prompt for request in requests):
         if len(tokenizer.encode(prompt)) >= models.config.max_text_seq_length:  # one place is for </s>
             notes.append(f"{prompt:.40}… is cut to {models.config.max_text_seq_length} tokens")

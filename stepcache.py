@@ -17,6 +17,7 @@ b batch · L+n text and video tokens · d model width
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,10 +42,7 @@ def planned_skips(vectors: Tensor, threshold: float, polynomial: tuple[float, ..
     total = 0.0
     for before, vector in zip(vectors[:-2], vectors[1:-1]):
         change = ((vector - before).abs().mean() / before.abs().mean()).item()
-        estimate = 0.0
-        for coefficient in polynomial:
-            estimate = estimate * change + coefficient
-        total += estimate
+        total += float(np.polyval(polynomial, change))
         skips.append(total < threshold)
         if total >= threshold:
             total = 0.0
@@ -84,7 +82,8 @@ class StepCache:
         self.threshold = threshold
         self.plain = dit.run_blocks
         self.skipped = plan(dit, threshold, timesteps)
-        self.kept: dict[int, tuple[Tensor | None, Tensor]] = {}  # of the first block, of the others
+        self.first: dict[int, Tensor] = {}  # by place in the step: what the first block added
+        self.added: dict[int, Tensor] = {}  # and what those did that may be skipped
         self.num_prompts = 0
         self.num_computed = self.num_forwards = 0
 
@@ -94,7 +93,8 @@ class StepCache:
         Where their number changes all is forgotten: what a prompt left out would have kept is too old.
         """
         if num_prompts != self.num_prompts:
-            self.kept.clear()
+            self.first.clear()
+            self.added.clear()
         self.t = t
         self.num_prompts = num_prompts
         self.place = 0
@@ -104,26 +104,27 @@ class StepCache:
         place = self.place
         self.place += 1
         self.num_forwards += 1
-        first = None
-        if self.skipped is None:
-            behind_first = self.plain(blocks[:1], tokens, *others)
-            first = behind_first - tokens
-            tokens = behind_first
+        if self.skipped is not None:
+            can_skip = self.t in self.skipped
+        else:
+            entered = tokens
+            tokens = self.plain(blocks[:1], entered, *others)
+            first = tokens - entered
             blocks = blocks[1:]
-        if self.can_skip(place, first):
-            return tokens + self.kept[place][1]
-        self.num_computed += 1
+            can_skip = self.is_near(self.first.get(place), first)
+        if can_skip and place in self.added:
+            return tokens + self.added[place]
         result = self.plain(blocks, tokens, *others)
-        self.kept[place] = first, result - tokens
+        self.num_computed += 1
+        self.added[place] = result - tokens
+        if self.skipped is None:
+            self.first[place] = first
         return result
 
-    def can_skip(self, place: int, first: Tensor | None) -> bool:
-        if place not in self.kept:
+    def is_near(self, before: Tensor | None, now: Tensor) -> bool:
+        if before is None:
             return False
-        if self.skipped is not None:
-            return self.t in self.skipped
-        before = self.kept[place][0]
-        change = (first - before).abs().mean(dtype=torch.float32)
+        change = (now - before).abs().mean(dtype=torch.float32)
         return bool(change <= self.threshold * before.abs().mean(dtype=torch.float32))
 
 
