@@ -306,7 +306,7 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
         f"{latents[2]} latent frames -> {tokens} tokens",
         f"sampler  {request.sampler}, {request.num_steps} steps, strength {request.strength:g}, "
         f"guidance {request.guidance_scale:g}",
-        f"device   {models.device}, {str(models.dtype)[6:]}",
+        f"device   {models.device}, {str(models.dtype)[6:]}{', matrices as float8' * models.low_memory}",
         f"memory   about {memory} GiB",
     ]
     if request.step_cache:

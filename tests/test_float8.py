@@ -121,6 +121,7 @@ def test_the_command_line_makes_a_video_like_the_plain_one(variant, tmp_path, ca
         made[name], record = sample.load_latents(out.with_suffix(".safetensors"))
         assert record["low_memory"] == json.loads(out.with_suffix(".json").read_text())["low_memory"]
         assert record["low_memory"] == (name == "small")
+    assert "float32, matrices as float8" in capsys.readouterr().out
     assert 0 < error(made["small"], made["plain"]) < 0.2
 
 
