@@ -18,11 +18,11 @@ from unittest import mock
 
 import numpy as np
 import torch
+from figures import as_png
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 LESSONS_DIR = Path(__file__).parents[1] / "docs" / "lessons"
-MAX_BYTES = 20_000  # of a picture
+MAX_BYTES = 22_000  # of a picture
 
 
 # ---------------------------------------------------------------- what the cells use
@@ -31,7 +31,7 @@ MAX_BYTES = 20_000  # of a picture
 def show(rows: dict[str, np.ndarray], count: int = 9, cell: int = 64) -> Image.Image:
     """Clips below each other, each with its name and at most `count` of its frames, evenly spread.
 
-    rows: name -> uint8 f h w 3    cell: height of a frame as it is shown
+    rows: name -> uint8 f h w 3 or f h w    cell: height of a frame as it is shown
     """
     font, placed, width, top = ImageFont.load_default(14), [], 0, 0
     for frames in rows.values():
@@ -50,12 +50,6 @@ def show(rows: dict[str, np.ndarray], count: int = 9, cell: int = 64) -> Image.I
     for i, name in enumerate(rows):
         ImageDraw.Draw(picture).text((0, i * (cell + 24) + 2), name, "black", font)
     return picture
-
-
-def as_grey(numbers: Tensor, low: float = -3, high: float = 3) -> np.ndarray:
-    """Channels c h w as frames that `show` takes: low is black, high is white."""
-    grey = ((numbers - low) / (high - low) * 255).clamp(0, 255).to(torch.uint8)
-    return grey[..., None].expand(*grey.shape, 3).numpy()
 
 
 # ---------------------------------------------------------------- a notebook without Jupyter
@@ -105,19 +99,9 @@ def execute(program: ast.Module, name: str, namespace: dict) -> list[dict]:
     if text := printed.getvalue():
         outputs.append({"name": "stdout", "output_type": "stream", "text": text.splitlines(keepends=True)})
     if isinstance(shown, Image.Image):
-        data = {"image/png": base64.b64encode(as_png(shown)).decode()}
+        data = {"image/png": base64.b64encode(as_png(shown, MAX_BYTES)).decode()}
         outputs.append({"data": data, "metadata": {}, "output_type": "display_data"})
     return outputs
-
-
-def as_png(picture: Image.Image) -> bytes:
-    """In few colours where it would be large, for a notebook is read on the web."""
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    if len(file.getvalue()) > MAX_BYTES:
-        file = io.BytesIO()
-        picture.quantize(64).save(file, "PNG", optimize=True)
-    return file.getvalue()
 
 
 def main(argv: list[str] | None = None) -> None:
