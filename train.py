@@ -672,9 +672,9 @@ def open_data(
 ) -> tuple[list[Record], list[Record], dict[str, str]]:
     """(training records, held-out records, files that cannot be opened)
 
-    shapes: of ten samples four are square, two each 2:3 and 3:2, one each 1:2 and 2:1; a sixth are pictures,
-        which show colours and shapes at less cost than clips. Held out are the combinations of
-        `shapes.is_held_out`.
+    shapes: of ten clips four are square, two each 2:3 and 3:2, one each 1:2 and 2:1. A sixth of the samples
+        are pictures, square, as each shape would be micro-batches of its own, and nearly empty ones. Held out
+        are the combinations of `shapes.is_held_out`.
     Files: --val-data, or every tenth sample, at most --num-val.
     """
     if data_name == "shapes":
@@ -684,7 +684,7 @@ def open_data(
         sizes = [(128, 128), (104, 156), (128, 128), (156, 104), (90, 180)]
         sizes += [(128, 128), (104, 156), (128, 128), (156, 104), (180, 90)]
         clips = shapes.records(num - pictures, seed, sizes=sizes, num_frames=config.max_frames)
-        clips += shapes.records(pictures, seed + 1, sizes=sizes, num_frames=1)
+        clips += shapes.records(pictures, seed + 1, sizes=sizes[:1], num_frames=1)
         unseen = shapes.records(num_val, seed + 2, True, sizes, config.max_frames)
         lists = [[shape_record(c, f"shape {i}: {c.scene.caption()}") for i, c in enumerate(cs)]
                  for cs in (clips, unseen)]  # fmt: skip
