@@ -160,9 +160,9 @@ FUN_VAE = replace(
 TINY = Config(
     phases=(
         Phase((64, 96), 40, 1024, 1800, 1.5e-3, 1.5e-3, train_text=True, pictures=True),
-        Phase((64, 96), 80, 1024, 4500, 1.5e-3, 8e-4, train_text=True),
-        Phase((64, 96, 128), 180, 1024, 2000, 8e-4, 4e-4),
-        Phase((64, 96, 128), 320, 1024, 1200, 4e-4, 1e-5),
+        Phase((64, 96), 80, 1024, 4000, 1.5e-3, 8e-4, train_text=True),
+        Phase((64, 96, 128), 180, 1024, 1800, 8e-4, 4e-4),
+        Phase((64, 96, 128), 320, 1024, 1100, 4e-4, 1e-5),
     ),
     max_frames=17,
     batch_size=1024,  # one micro-batch a step: with four, Python took four fifths of an H200's time
