@@ -150,13 +150,6 @@ def test_masks_of_a_span_a_few_frames_and_single_pixels_are_as_described():
     assert (whole == whole[..., :1, :1]).all()
 
 
-def test_masks_of_pictures_are_a_box_or_everything():
-    drawn = masks(2000, 1, 32, 32)
-    assert all(mask.shape == (1, 32, 32) and mask.dtype == torch.bool for mask in drawn)
-    kinds = Counter(kind_of(mask) for mask in drawn)
-    assert kinds.keys() == {"everything", "box"} and abs(kinds["box"] - 400) < 5 * 18
-
-
 def test_noise_on_the_reference_is_log_normal_and_spares_what_is_masked():
     logs = torch.tensor([inpaint.draw_noise_sigma(generator(0, 0, i, "sigma")) for i in range(2000)]).log()
     assert abs(logs.mean() + 3) < 5 * 0.5 / 2000**0.5 and abs(logs.std() - 0.5) < 5 * 0.5 / 4000**0.5
