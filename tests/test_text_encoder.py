@@ -100,14 +100,12 @@ def test_ids_of_fuzzed_unicode_equal_sentencepiece():
         assert tokenizer.encode(text) == reference_ids(sp, text), repr(text)
 
 
-@pytest.mark.parametrize("flag", [True, False])
-def test_a_vocabulary_without_rules_and_with_other_flags_equals_sentencepiece(tmp_path, flag):
+def test_a_vocabulary_without_rules_equals_sentencepiece(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     corpus = ["the cat sat on the mat", "a dog and the cat ran", "an apple on a table", "rain  in spain"] * 20
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus), model_prefix=str(tmp_path / "spiece"), vocab_size=26, minloglevel=2,
-        normalization_rule_name="identity", add_dummy_prefix=flag, remove_extra_whitespaces=not flag,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        normalization_rule_name="identity", pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
     )  # fmt: skip
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     tokenizer = Tokenizer.from_pretrained(tmp_path)
@@ -181,10 +179,6 @@ def test_a_tokenizer_json_is_read_when_there_is_no_spiece_model(tmp_path):
     for path in (tmp_path, folder):
         tokenizer = Tokenizer.from_pretrained(path)
         assert tokenizer(["red circle", "blue"], max_length=4).tolist() == [[3, 4, 1, 0], [2, 1, 0, 0]]
-    content["model"]["unk_id"] = None  # only noticed when an unknown word comes
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="tokenizer cannot be used"):
-        Tokenizer.from_pretrained(tmp_path)(["blue"])
 
 
 @pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json"])
@@ -200,23 +194,6 @@ def test_a_damaged_tokenizer_file_is_one_value_error(tmp_path, name):
         with pytest.raises(ValueError, match=name) as error:
             Tokenizer.from_pretrained(tmp_path)
         assert "\n" not in str(error.value)
-
-
-def test_a_damaged_table_of_replacements_never_hangs_or_crashes(tmp_path):
-    whole = (TOKENIZER_DIR / "spiece.model").read_bytes()
-    rng = random.Random(0)
-    outcomes = set()
-    for _ in range(40):
-        content = bytearray(whole)
-        for _ in range(20_000):
-            content[rng.randrange(30_000, len(content) - 2000)] = rng.randrange(256)
-        (tmp_path / "spiece.model").write_bytes(content)
-        try:
-            Tokenizer.from_pretrained(tmp_path)(["a ﬁne day ｶﾞ é 一 \x00\x85", "x" * 500])
-            outcomes.add("read")
-        except ValueError as error:
-            outcomes.add(str(error))
-    assert "the tokenizer's table of replacements is damaged; download it again" in outcomes
 
 
 def message(*fields):
@@ -258,7 +235,7 @@ def test_replacements_are_found_through_wide_and_narrow_steps_of_the_trie():
     units[0x100 ^ ord("a")] = 1 << 10 | 256 | ord("a")  # a rule ends here, its value lies one step away
     units[0x100 ^ ord("a") ^ 1] = 1 << 31 | 2  # the third byte of the replacements
     charsmap = struct.pack("<I", 4 * len(units)) + struct.pack(f"<{len(units)}I", *units) + b"-\0bc\0"
-    assert Normalizer(charsmap, add_prefix=True, collapse_spaces=True)(" xa  \0é ") == "▁xbc▁\0é"
+    assert Normalizer(charsmap)(" xa  \0é ") == "▁xbc▁\0é"
 
 
 @pytest.mark.parametrize(
@@ -268,12 +245,10 @@ def test_replacements_are_found_through_wide_and_narrow_steps_of_the_trie():
         ({"kind": 6}, "of another kind"),  # byte fallback
         ({"trainer": message((3, 2))}, "of another kind"),  # byte pair encoding
         ({"trainer": message((24, 1))}, "of another kind"),  # the space ends a word
+        ({"normalizer": message((3, 0))}, "of another kind"),  # no space in front
+        ({"normalizer": message((4, 0))}, "of another kind"),  # several spaces are not one
         ({"normalizer": message((5, 0))}, "of another kind"),  # spaces stay spaces
-        ({"score": math.nan}, "damaged"),
-        ({"name": b""}, "damaged"),
         ({"name": b"\xff"}, "damaged"),
-        ({"name": b"</s>"}, "twice"),
-        ({"normalizer": message((2, b"\1\0\0\0"))}, "cut off"),
     ],
 )
 def test_a_vocabulary_of_another_kind_is_refused_in_one_sentence(tmp_path, changes, sentence):
