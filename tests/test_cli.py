@@ -463,13 +463,12 @@ def test_a_prompt_is_needed(capfd):
 
 
 def test_a_small_file_that_claims_a_large_picture_is_refused(capfd):
-    """71 bytes that would take half a GB a frame, and 49 frames."""
+    """71 bytes that would take ten GB a frame."""
     pixel = b"\x21\xf9\x04\0\x0c\0\0\0\x2c\0\0\0\0\1\0\1\0\0\2\2\x44\1\0"
-    for side, what in ((9000, "too large"), (60000, "claims.gif")):
-        header = b"GIF89a" + struct.pack("<HH", side, side) + b"\x80\0\0\0\0\0\xff\xff\xff"
-        Path("claims.gif").write_bytes(header + pixel * 3 + b";")
-        assert what in refused(capfd, "x", "--model", INPAINT, "--video", "claims.gif")
-        assert what in refused(capfd, "x", "--model", INPAINT, "--image", "claims.gif")
+    header = b"GIF89a" + struct.pack("<HH", 60000, 60000) + b"\x80\0\0\0\0\0\xff\xff\xff"
+    Path("claims.gif").write_bytes(header + pixel * 3 + b";")
+    assert "claims.gif" in refused(capfd, "x", "--model", INPAINT, "--video", "claims.gif")
+    assert "claims.gif" in refused(capfd, "x", "--model", INPAINT, "--image", "claims.gif")
 
 
 def test_memory_that_runs_out_is_one_line(capfd, monkeypatch):
