@@ -32,7 +32,6 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import sample  # noqa: E402
 from text_encoder import T5Config, T5Encoder  # noqa: E402
 from transformer import CHECKPOINTING, TransformerConfig, VideoTransformer  # noqa: E402
 from vae import VAEConfig, VideoVAE  # noqa: E402
@@ -154,9 +153,7 @@ class Case:
     compiled: list[nn.Module] = field(default_factory=list)  # the parts that --compile compiles
     resident: int = 0  # bytes that belong to it and are in use before it begins: weights, optimizer
     flops: float = 0.0
-    is_exact: bool = (
-        True  # False: the ways differ by more than rounding, and how much is what one wants to know
-    )
+    is_exact: bool = True  # False: they differ by more than rounding, and by how much is the question
 
 
 def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
@@ -269,13 +266,15 @@ def t5_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
     yield Case("T5, two prompts", runs, resident=bytes_of(ours.parameters()))
 
 
-SAMPLING = {
-    "ours": {}
-}  # way -> settings of `sample.generate`: what makes it faster or smaller is compared here
+SAMPLING = {  # way -> settings of `sample.generate`: here what makes it faster or smaller is compared
+    "ours": {},
+}
 
 
 def sampling_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
     """50 guided steps from a prompt to latents, with the tokenizer and scheduler of a small model."""
+    import sample
+
     for label, config, (height, width, f) in at_native_size(sizes):
         models = sample.load_models(ROOT / "tests" / "goldens" / "cogvideox-2b-t2v", **where)
         models.config = config
