@@ -258,9 +258,12 @@ def _as_shown(frame, aspect: Fraction | None, path: str | Path, background: int)
     return pixels
 
 
-# (seconds from the clip's first frame, whether it is damaged, what reads it as uint8 h w 3), and where the
-# clip ends (seconds, False, None)
-Timed = tuple[float, bool, Callable[[], np.ndarray] | None]
+class Timed(NamedTuple):
+    """A frame of a clip and when it begins; the last one only says when the clip ends."""
+
+    seconds: float  # from the clip's first frame
+    is_damaged: bool = False
+    read: Callable[[], np.ndarray] | None = None  # uint8 h w 3
 
 
 def _stream_frames(path: str | Path, start: float, background: int) -> Iterator[Timed]:
@@ -285,10 +288,10 @@ def _stream_frames(path: str | Path, start: float, background: int) -> Iterator[
             expected = seconds + clip.step
             duration = float((frame.duration or 0) * stream.time_base)
             read = functools.partial(_as_shown, frame, stream.sample_aspect_ratio, path, background)
-            yield seconds, frame.is_corrupt, read
+            yield Timed(seconds, frame.is_corrupt, read)
         if duration > MILLISECOND:  # less is what writers put who do not know
             expected += duration - clip.step
-        yield expected, False, None
+        yield Timed(expected)
 
 
 def _animation_frames(path: str | Path, background: int) -> Iterator[Timed]:
@@ -298,9 +301,11 @@ def _animation_frames(path: str | Path, background: int) -> Iterator[Timed]:
             seconds = 0.0
             for index in range(picture.n_frames):
                 picture.seek(index)
-                yield seconds, False, functools.partial(_to_rgb, picture.copy(), path, background)
+                read = functools.partial(_to_rgb, picture.copy(), path, background)
+                yield Timed(seconds, read=read)
                 seconds += (picture.info.get("duration") or 100) / 1000
-            yield seconds - (0.005 if picture.format == "GIF" else 0), False, None  # it counts in 1/100 s
+            rounding = 0.005 if picture.format == "GIF" else 0  # it counts in 1/100 s
+            yield Timed(seconds - rounding)
     except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}); make it again, for instance as .mp4") from None
 
@@ -326,20 +331,21 @@ def shown_frames(path: str | Path, start: float = 0.0, background: int = WHITE) 
         raise ValueError(f"{path} is a picture; a clip (.mp4, .gif, …) is needed here")
     frames = _animation_frames(path, background) if kind else _stream_frames(path, start, background)
     first = next(frames)
-    if start > 0 and (first[0] > start or first[2] is None):  # the seek led past it
+    if start > 0 and (first.seconds > start or first.read is None):  # the seek led past it
         frames.close()
         frames = _stream_frames(path, 0, background)
         first = next(frames)
-    for (begin, is_damaged, read), (end, _, follows) in itertools.pairwise(itertools.chain([first], frames)):
-        until = (begin + end + MILLISECOND) / 2 if follows else end - MILLISECOND
-        yield Shown(begin, end, until, is_damaged, read)
+    for frame, following in itertools.pairwise(itertools.chain([first], frames)):
+        begin, end = frame.seconds, following.seconds
+        until = (begin + end + MILLISECOND) / 2 if following.read else end - MILLISECOND
+        yield Shown(begin, end, until, frame.is_damaged, frame.read)
 
 
 def _measure(path: str | Path) -> tuple[int, float]:
     """Frames and seconds of a clip, from its header, else by going through its packets."""
     if _picture_kind(path) == "animation":
-        *frames, (end, _, _) = _animation_frames(path, WHITE)
-        return len(frames), end
+        *frames, end = _animation_frames(path, WHITE)
+        return len(frames), end.seconds
     with _open_clip(path) as clip:
         stream = clip.stream
         if stream.frames > 0 and (stream.duration or 0) > 0:
