@@ -126,7 +126,7 @@ def component_dir(model_dir: str | Path, name: str, marker: str = "config.json")
         return model_dir / name
     if (model_dir / marker).is_file():
         return model_dir
-    problem = f"{model_dir} has neither {name}/ nor {marker}"
+    problem = f"{model_dir} is not a checkpoint folder: it has neither {name}/ nor {marker}"
     raise FileNotFoundError(f"{problem}; give the folder that holds transformer/, vae/ and the others")
 
 

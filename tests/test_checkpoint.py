@@ -205,7 +205,9 @@ def test_a_config_takes_ints_for_floats_null_for_optional_and_keeps_the_unknown(
 
 
 def test_a_missing_folder_or_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere has neither vae/ nor config.json"):
+    with pytest.raises(
+        FileNotFoundError, match="nowhere is not a checkpoint folder: it has neither vae/ nor config.json"
+    ):
         VideoVAE.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="neither vae/ nor config.json"):
         VideoVAE.from_pretrained(tmp_path)
