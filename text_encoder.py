@@ -35,7 +35,6 @@ from checkpoint import (
     component_dir,
     load_component,
     only,
-    read_json,
     read_tensors,
     save_component,
 )
@@ -161,45 +160,28 @@ def read_spiece(path: Path) -> tuple[list[tuple[str, float, int]], Normalizer]:
 # ---------------------------------------------------------------- the tokenizer
 
 
-@dataclass
-class Special:
-    """A token that is spelled out in a prompt, such as </s>."""
-
-    id: int
-    lstrip: bool = False  # eats the white space to its left
-    rstrip: bool = False
-
-
-def special_tokens(pieces: list[str], config: dict) -> dict[str, Special]:
-    """T5's special tokens: three pieces and `extra_ids` sentinels, numbered downward after the pieces; then
-    whatever `added_tokens_decoder` of tokenizer_config.json says."""
-    num_extra = config.get("extra_ids", 100)
-    specials = {name: Special(pieces.index(name)) for name in (PAD, END, UNKNOWN)}
-    for i in range(num_extra):
-        specials[f"<extra_id_{i}>"] = Special(len(pieces) + num_extra - 1 - i, lstrip=True, rstrip=True)
-    for number, token in config.get("added_tokens_decoder", {}).items():
-        lstrip, rstrip = token.get("lstrip", False), token.get("rstrip", False)
-        specials[token["content"]] = Special(int(number), lstrip, rstrip)
-    return specials
+# Tokens that may be spelled out in a prompt; T5's hundred sentinels eat the white space around them.
+SPECIAL = re.compile(r"(<pad>|</s>|<unk>|\s*<extra_id_[1-9]?\d>\s*)")
 
 
 class Tokenizer:
     """Prompts to ids as T5's slow tokenizer makes them (legacy=true: after a special token, a new word).
 
     unigram: a `tokenizers.Tokenizer`; its `get_vocab()` lists the pieces known
-    normalize, specials: None and {} when `unigram` comes from a tokenizer.json, which holds both itself
+    normalize, specials ({token: id}): of a spiece.model; a tokenizer.json holds both itself
     """
 
     def __init__(
-        self, unigram: tokenizers.Tokenizer, normalize: Normalizer | None, specials: dict[str, Special]
+        self,
+        unigram: tokenizers.Tokenizer,
+        normalize: Normalizer | None = None,
+        specials: dict[str, int] | None = None,
     ) -> None:
         self.unigram = unigram
         self.normalize = normalize
         self.specials = specials
-        self.pad = specials[PAD].id if specials else unigram.token_to_id(PAD)
-        self.end = specials[END].id if specials else unigram.token_to_id(END)
-        longest_first = sorted(specials, key=len, reverse=True)
-        self.split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
+        self.pad = specials[PAD] if specials else unigram.token_to_id(PAD)
+        self.end = specials[END] if specials else unigram.token_to_id(END)
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path) -> "Tokenizer":
@@ -211,7 +193,7 @@ class Tokenizer:
         if (folder / "tokenizer").is_dir():
             folder = folder / "tokenizer"
         if (folder / "spiece.model").is_file():
-            return cls._from_spiece(folder)
+            return cls._from_spiece(folder / "spiece.model")
         if (folder / "tokenizer.json").is_file():
             return cls._from_json(folder / "tokenizer.json")
         raise FileNotFoundError(f"{folder} has neither spiece.model nor tokenizer.json; get one of them")
@@ -226,19 +208,20 @@ class Tokenizer:
         unigram.no_truncation()  # both are done here, whatever the file asks for
         if None in (unigram.token_to_id(PAD), unigram.token_to_id(END)):
             raise ValueError(f"{path} lacks {PAD} or {END}; a T5 tokenizer is needed")
-        return cls(unigram, None, {})
+        return cls(unigram)
 
     @classmethod
-    def _from_spiece(cls, folder: Path) -> "Tokenizer":
-        pieces, normalize = read_spiece(folder / "spiece.model")
+    def _from_spiece(cls, path: Path) -> "Tokenizer":
+        pieces, normalize = read_spiece(path)
         names = [text for text, _, _ in pieces]
         lowest = min((score for _, score, kind in pieces if kind == NORMAL), default=0.0)
         # Normalised text has no ASCII space, so a space in front keeps the other types from ever matching.
         vocab = [(text, score) if kind == NORMAL else (" " + text, lowest) for text, score, kind in pieces]
         unigram = tokenizers.Tokenizer(Unigram(vocab, names.index(UNKNOWN), False))
-        config_path = folder / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.is_file() else {}
-        return cls(unigram, normalize, special_tokens(names, config))
+        specials = {name: names.index(name) for name in (PAD, END, UNKNOWN)}
+        for i in range(100):  # behind the pieces, numbered downward
+            specials[f"<extra_id_{i}>"] = len(names) + 99 - i
+        return cls(unigram, normalize, specials)
 
     def __call__(self, texts: list[str] | str, max_length: int = 226) -> Tensor:
         """Ids of prompts, each closed by </s> (kept when the text is cut) and padded with <pad>.
@@ -259,16 +242,11 @@ class Tokenizer:
         if not self.specials:
             return self._encode_plain(text).ids
         ids = []
-        parts = self.split(text)  # text, special, text, …, text
-        for i, part in enumerate(parts):
+        for i, part in enumerate(SPECIAL.split(text)):  # text, special, text, …, text
             if i % 2:
-                ids.append(self.specials[part].id)
-                continue
-            if i > 0 and self.specials[parts[i - 1]].rstrip:
-                part = part.lstrip()
-            if i + 1 < len(parts) and self.specials[parts[i + 1]].lstrip:
-                part = part.rstrip()
-            ids += self._encode_plain(self.normalize(part)).ids
+                ids.append(self.specials[part.strip()])
+            else:
+                ids += self._encode_plain(self.normalize(part)).ids
         return ids
 
     def unknown_words(self, text: str) -> list[str]:

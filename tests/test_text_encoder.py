@@ -137,21 +137,11 @@ def test_one_string_counts_as_a_list_of_one_and_no_strings_give_no_rows():
     assert tokenizer([], max_length=8).shape == (0, 8)
 
 
-def test_special_tokens_follow_the_files_and_without_them_t5s_rule(tmp_path):
-    shutil.copy(TOKENIZER_DIR / "spiece.model", tmp_path)
-    text = "before <extra_id_0> middle </s>after \x85<extra_id_99>"
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.encode(text) == Tokenizer.from_pretrained(TOKENIZER_DIR).encode(text)
+def test_sentinels_are_numbered_downward_and_eat_white_space():
+    tokenizer = Tokenizer.from_pretrained(TOKENIZER_DIR)
     assert tokenizer.encode("<extra_id_0><extra_id_99>") == [1099, 1000]
-    added = {"1100": {"content": "<new>", "lstrip": False, "rstrip": True}, "1101": {"content": "<new>er"}}
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"extra_ids": 7, "added_tokens_decoder": added})
-    )
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.encode("<extra_id_6><extra_id_0><new><new>er") == [1000, 1006, 1100, 1101]
-    assert len(tokenizer.encode("<extra_id_7>")) > 1  # not special here
-    unknown = tokenizer.encode("\x85")  # white space to Python alone, so only a stripping token removes it
-    assert tokenizer.encode("\x85<new>\x85") == [*unknown, 1100]
+    assert tokenizer.encode("\x85 <extra_id_7> \x85") == [1092]  # white space to Python alone
+    assert len(tokenizer.encode("<extra_id_07>")) > 1 and len(tokenizer.encode("<extra_id_100>")) > 1
 
 
 def test_a_tokenizer_json_is_read_when_there_is_no_spiece_model(tmp_path):

@@ -440,6 +440,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sizes", choices=list(SIZES), default="tiny", help="real: official widths; whole: whole models")
     add("--rows", nargs="+", choices=list(ROWS), default=["vae", "dit", "t5"], help="which work")
     add("--models", nargs="+", help="of these transformers alone: 5B")
+    add("--match", nargs="+", default=[], help="only work with all of these in its name: 'guided step'")
     add("--clips", nargs="+", type=as_clip, help="sizes in place of the usual: 480x720x49, height first")
     add("--ways", nargs="+", choices=all_ways, default=all_ways)
     add("--compile", action="store_true", help="each way also compiled")
@@ -471,6 +472,8 @@ def main(argv: list[str] | None = None) -> int:
     all_agree = True
     for row in args.rows:
         for case in ROWS[row](sizes, args.ways, where):
+            if not all(words in case.name for words in args.match):
+                continue
             if args.compile and case.compiled:
                 case = compile_parts(case)
             found = measure(case, args.rounds, device)
