@@ -159,7 +159,6 @@ def read_spiece(path: Path) -> tuple[list[tuple[str, float, int]], Normalizer]:
 
 # ---------------------------------------------------------------- the tokenizer
 
-
 # Tokens that may be spelled out in a prompt; T5's hundred sentinels eat the white space around them.
 SPECIAL = re.compile(r"(<pad>|</s>|<unk>|\s*<extra_id_[1-9]?\d>\s*)")
 

@@ -16,6 +16,7 @@ import argparse
 import copy
 import datetime
 import functools
+import gc
 import itertools
 import platform
 import statistics
@@ -378,7 +379,9 @@ def compile_parts(case: Case) -> Case:
 @torch.no_grad()
 def measure(case: Case, rounds: int, device: torch.device) -> dict[str, dict]:
     """way -> peak bytes (of a GPU), difference, seconds and ratio; of one that fails, why."""
-    found, first = {}, None
+    found = {}
+    first = None
+    gc.collect()  # networks of earlier work
     for way, run in case.ways.items():
         try:
             before = torch.cuda.memory_allocated()
