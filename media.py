@@ -217,23 +217,15 @@ def _open_clip(path: str | Path) -> Iterator[OpenClip]:
 
 
 def _decode(clip: OpenClip) -> Iterator:
-    """PyAV's frames, in order. What comes first and cannot be decoded is skipped: a stream may be cut."""
+    """PyAV's frames, in order."""
     import av
 
     decoder = clip.stream.codec_context
     tags = {name.lower(): value for name, value in clip.stream.metadata.items()}
     if tags.get("alpha_mode") == "1":  # FFmpeg's own decoders leave WebM's transparency out
         decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
-    has_begun = False
     for packet in clip.container.demux(clip.stream):
-        try:
-            frames = decoder.decode(packet if packet.size else None)
-        except av.InvalidDataError:
-            if has_begun:
-                raise
-            continue
-        has_begun = has_begun or bool(frames)
-        yield from frames
+        yield from decoder.decode(packet if packet.size else None)
 
 
 def _as_shown(frame, aspect: Fraction | None, path: str | Path, background: int) -> np.ndarray:
