@@ -221,11 +221,6 @@ class Clip:
     scene: Scene
     size: tuple[int, int] = (128, 128)  # height, width
     num_frames: int = CLIP_FRAMES
-    fps: float = 8.0
-
-    @property
-    def kind(self) -> str:
-        return "video" if self.num_frames > 1 else "image"
 
     def read(self, start: int, num_frames: int, size: tuple[int, int] | None = None) -> np.ndarray:
         """uint8 f h w c; any other `size` is drawn directly, so that nothing is resized or cropped."""
