@@ -5,21 +5,12 @@ from collections import Counter
 import pytest
 import torch
 from conftest import GOLDENS, assert_close, expected
+from test_vae import pixels_of, tiny
 
 import inpaint
 from inpaint import encode_masked, inpaint_condition, join_condition, resize_mask
 from runtime import generator
-from vae import VAEConfig, VideoVAE, encode_chunks, run_chunks
-
-
-def tiny() -> VideoVAE:
-    torch.manual_seed(0)
-    return VideoVAE(VAEConfig(block_out_channels=[8, 8, 8, 16], layers_per_block=1, norm_num_groups=4))
-
-
-def pixels_of(video_u8: torch.Tensor) -> torch.Tensor:
-    return video_u8.float() / 255 * 2 - 1
-
+from vae import VideoVAE, encode_chunks, run_chunks
 
 # ---------------------------------------------------------------- masks that training draws
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import long_video
 import sample
-from kinds import choose_size, legal_num_frames, native_size
+from kinds import choose_size, native_size
 from media import read_video, write_video
 from request import Request, complete, read_inputs
 from sample import generate, load_models
@@ -294,12 +294,6 @@ def test_sizes_follow_the_input_at_the_native_area():
     assert choose_size(config, 64, 64, (500, 1000)) == (64, 64)
     learned = load_models(GOLDENS / "cogvideox-5b-i2v").config
     assert choose_size(learned, None, None, (1000, 500)) == (32, 48)
-
-
-def test_v15_takes_pairs_of_latent_frames():
-    config = load_models(GOLDENS / "fun-1.5-5b-inp").config
-    assert [legal_num_frames(config, f) for f in (1, 5, 9, 13, 17, 21, 85)] == [1, 5, 5, 13, 13, 21, 85]
-    assert native_size(config)[2] == 85
 
 
 def test_networks_given_in_memory_are_used_and_kept():
