@@ -39,7 +39,7 @@ from media import (
     to_pixels,
 )
 from runtime import chance, generator, integer, say
-from sizes import Bucket, frames_for, nearest_shape
+from sizes import Bucket, frames_for, nearest_shape, num_tokens
 
 # ---------------------------------------------------------------- samples: what is known before decoding
 
@@ -313,6 +313,7 @@ def caption_report(captions: list[str], tokenizer, max_length: int) -> list[str]
 
 CAPTION_DROP = 0.1  # unconditional samples, for guidance
 TEXT_ONLY = 0.9  # of the samples with everything masked have a zero condition
+PICTURE_DROP = 0.05  # of an image model's samples are not shown their first picture
 
 Key = tuple[int, int, int]  # (seed, draw, sample): what all about a sample is a function of, see `Epochs`
 
@@ -326,6 +327,8 @@ class Plan:
     batch_tokens: int  # of a micro-batch: it holds max(1, batch_tokens // tokens of its bucket) samples
     max_frames: int = 49
     frames_per_token: int = 1
+    num_padding: int = 0  # latent frames in front of a clip, which count: CogVideoX1.5's, see Denoising
+    size: tuple[int, int] | None = None  # height, width, where a model takes no other
     masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(MASK_KINDS))
     text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
 
@@ -337,10 +340,16 @@ def sizes_for(record: Record, plan: Plan) -> list[int]:
 
 def bucket_at(record: Record, plan: Plan, size: int) -> Bucket:
     """The nearest aspect at a base size, and the frames that fill the token budget, no more than the clip."""
-    height, width = nearest_shape(size, *record.size)
+    height, width = plan.size or nearest_shape(size, *record.size)
     max_frames = min(plan.max_frames, record.num_frames)
-    num_frames = frames_for(plan.max_tokens, height, width, max_frames, plan.frames_per_token)
-    return Bucket(num_frames, height, width)
+    pairs = plan.frames_per_token, plan.num_padding
+    return Bucket(frames_for(plan.max_tokens, height, width, max_frames, *pairs), height, width)
+
+
+def tokens_of(bucket: Bucket, plan: Plan) -> int:
+    """What a clip of this shape counts; a picture is not padded."""
+    padding = plan.num_padding if bucket.num_frames > 1 else 0
+    return num_tokens(bucket.num_frames + 4 * padding, bucket.height, bucket.width)
 
 
 def choose_bucket(record: Record, plan: Plan, draws: torch.Generator) -> Bucket:
@@ -399,7 +408,7 @@ class Epochs:
             members.setdefault(buckets[index], []).append(index)
         groups = []
         for bucket, indices in members.items():
-            size = max(1, self.plan.batch_tokens // bucket.tokens)
+            size = max(1, self.plan.batch_tokens // tokens_of(bucket, self.plan))
             end = len(indices)
             if only_full and end > size:
                 end = end // size * size
@@ -440,14 +449,16 @@ class Epochs:
             todo = todo[size:]
 
 
-def bucket_table(micros: list[Micro]) -> str:
+def bucket_table(micros: list[Micro], plan: Plan) -> str:
     """The shapes of an epoch with their counts, for printing before training."""
     counts: dict[Bucket, list[int]] = {}
     for micro in micros:
         counts.setdefault(micro.bucket, []).append(len(micro.keys))
     lines = ["frames  height x width   tokens  samples  batches  samples a batch"]
     for bucket, sizes in sorted(counts.items()):
-        shape = f"{bucket.num_frames:6d}  {bucket.height:6d} x {bucket.width:<5d}  {bucket.tokens:7d}"
+        shape = (
+            f"{bucket.num_frames:6d}  {bucket.height:6d} x {bucket.width:<5d}  {tokens_of(bucket, plan):7d}"
+        )
         lines.append(f"{shape}  {sum(sizes):7d}  {len(sizes):7d}  {max(sizes):15d}")
     return "\n".join(lines)
 

@@ -41,6 +41,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -48,12 +49,22 @@ import checkpoint
 import data
 import runtime
 import sample
-from data import Epochs, Key, Loader, Micro, Plan, Record, Sample, load_sample, pixels_of
+from data import PICTURE_DROP, Epochs, Key, Loader, Micro, Plan, Record, Sample, load_sample, pixels_of
 from diffusion import NUM_TIMESTEPS, Schedule, ScheduleConfig
 from inpaint import MASK_KINDS, add_reference_noise, draw_noise_sigma, encode_masked, join_condition
-from media import to_pixels, write_video
+from media import to_pixels, to_uint8, write_video
 from optim import Optim, clip_norm, learning_rate
-from runtime import NUM_RANKS, RANK, atomic_write, gather, generator, say, sum_over_ranks, wait_for_ranks
+from runtime import (
+    NUM_RANKS,
+    RANK,
+    atomic_write,
+    chance,
+    gather,
+    generator,
+    say,
+    sum_over_ranks,
+    wait_for_ranks,
+)
 from sizes import check_frames, check_side
 from text_encoder import T5Config, T5Encoder, Tokenizer
 from transformer import (
@@ -61,10 +72,14 @@ from transformer import (
     TransformerConfig,
     VideoTransformer,
     grow_input_channels,
+    is_cogvideox15,
     max_num_frames,
     model_kind,
+    native_fps,
+    native_size,
+    num_padding,
 )
-from vae import VAEConfig, VideoVAE, sample_posterior
+from vae import VAEConfig, VideoVAE, sample_first_picture, sample_posterior
 
 Batch = dict[str, Tensor]  # a micro-batch as tensors, see Encoders and cache.py
 VALIDATION = -1  # the epoch of held-out samples, so that they never share a draw with training
@@ -96,12 +111,13 @@ class Config:
     phases: tuple[Phase, ...]
     train: str = "dit"  # or "vae"
     max_frames: int = 49
-    fps: float = 8.0
+    fps: float | None = None  # that files are read at; None: the model's own
     batch_size: int = 1  # clips of max_tokens in a micro-batch; global_batch / batch_size of them are a step
     noises_per_clip: int = 1  # with a timestep each: encoding a clip may cost more than a small transformer
     timestep_shift: float = 1.0  # above 1: more of the noisy timesteps, see `stratified_timesteps`
     masks: dict[str, float] = field(default_factory=lambda: dict(MASK_KINDS))  # kinds and their shares
     text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
+    motion_sub_loss: float = 0.0  # share of the loss that is of motion alone, see `denoising_losses`
     optimizer: str = "adamw"  # or "muon": that for matrices, AdamW for vectors and tables, see optim.py
     warmup_steps: int = 100  # in each phase
     weight_decay: float = 0.03
@@ -302,15 +318,21 @@ def denoising_losses(
     timesteps: Tensor,
     text: Tensor,
     condition: Tensor | None,
+    motion_sub_loss: float = 0.0,
 ) -> Tensor:
     """Velocity MSE in fp32, one number a noise: mean (velocity − target)².
 
     latents, noise: b 16 f h w    timesteps: b    text: b L d    condition: b c f h w or None    returns: b
+    motion_sub_loss: of the loss this share is the same of neighbouring frames' differences (VideoX-Fun: 0.25)
     """
     noisy = schedule.add_noise(latents, noise, timesteps)
     velocity = dit(noisy, timesteps, text, condition)
     target = schedule.velocity(latents, noise, timesteps)
-    return (velocity.float() - target.float()).square().mean((1, 2, 3, 4))
+    error = velocity.float() - target.float()
+    losses = error.square().mean((1, 2, 3, 4))
+    if motion_sub_loss and error.shape[2] > 2:
+        losses = losses.lerp(error.diff(dim=2).square().mean((1, 2, 3, 4)), motion_sub_loss)
+    return losses
 
 
 # ---------------------------------------------------------------- samples to tensors
@@ -365,12 +387,18 @@ class Encoders:
     @torch.no_grad()
     def clips(self, samples: list[Sample]) -> Batch:
         """Samples of one shape: posteriors of the clips b 32 f' h' w', means and then log-variances, and what
-        the model is shown beside the noisy latents: the control clip's, or what `encode_masked` gives."""
+        the model is shown beside the noisy latents: the control clip's, the first picture's (b 32 1 h' w',
+        and zero b where it is dropped), or what `encode_masked` gives."""
         pixels = pixels_of(samples, self.device)
         batch = {"latents": torch.cat(self.vae.moments(pixels), dim=1)}
         if self.kind == "control":
             control = to_pixels(torch.stack([one.control for one in samples]).to(self.device))
             batch["control"] = torch.cat(self.vae.moments(control), dim=1)
+        if self.kind == "image":
+            first = [self.blurred(p, one.key) for p, one in zip(pixels[:, :, :1], samples)]
+            batch["picture"] = torch.cat(self.vae.moments(torch.stack(first)), dim=1)
+            zero = [chance(generator(*one.key, "picture"), PICTURE_DROP) for one in samples]
+            batch["zero"] = torch.tensor(zero, device=self.device)
         if self.kind == "inpaint":
             if self.config.add_noise_in_inpaint_model:
                 pixels = torch.stack([self.blurred(p, one.key) for p, one in zip(pixels, samples)])
@@ -380,10 +408,13 @@ class Encoders:
         return batch
 
     def blurred(self, pixels: Tensor, key: Key) -> Tensor:
-        """A sample's pixels with the noise that V1.1 and V1.5 are trained to see on what is known."""
+        """A sample's pixels with the noise that image models, Fun V1.1 and V1.5 see on what is known."""
         draws = generator(*key, "reference noise", device=self.device)
         noise = torch.randn(pixels.shape, generator=draws, device=self.device)
-        return add_reference_noise(pixels, draw_noise_sigma(generator(*key, "reference sigma")), noise)
+        sigma = draw_noise_sigma(generator(*key, "reference sigma"))
+        if self.kind == "image":  # to which black is no sign
+            return pixels + sigma * noise
+        return add_reference_noise(pixels, sigma, noise)
 
 
 # ---------------------------------------------------------------- --train dit
@@ -395,16 +426,18 @@ class Denoising:
     def __init__(self, config: Config, model_dir: Path, device: torch.device, dtype: torch.dtype):
         self.config, self.model_dir, self.device, self.dtype = config, model_dir, device, dtype
         self.dit = VideoTransformer.from_pretrained(model_dir, dtype=None)
-        if config.in_channels:
+        self.kind = model_kind(self.dit.config)
+        if config.in_channels not in (None, self.dit.config.in_channels):
+            if self.kind != "text":
+                raise ValueError(f"{model_dir} is of kind {self.kind}; only a text model of 16 channels is "
+                                 "grown by --in-channels")  # fmt: skip
             grow_input_channels(self.dit, config.in_channels)
+            self.kind = model_kind(self.dit.config)
         if config.lora_rank:
             from lora import add_lora  # here and in `save` only: without the file all else still works
 
             torch.manual_seed(config.seed)  # where its matrices start
             add_lora(self.dit, config.lora_rank, config.lora_alpha)
-        self.kind = model_kind(self.dit.config)
-        if self.kind == "image":
-            raise ValueError(f"{model_dir} is an image-to-video model, which is not trained here")
         if config.position:
             if not self.dit.position:
                 raise ValueError(f"position={config.position}: this model has rotary positions")
@@ -423,15 +456,18 @@ class Denoising:
 
     def plan(self, phase: Phase) -> Plan:
         """What a phase asks of the data."""
+        dit = self.dit.config
         max_frames = 1 if phase.pictures else self.config.max_frames
         if self.dit.position == "interpolate":  # a table of positions has an end
-            max_frames = min(max_frames, max_num_frames(self.dit.config))
+            max_frames = min(max_frames, max_num_frames(dit))
         return Plan(
             resolutions=phase.resolutions,
             max_tokens=phase.max_tokens,
             batch_tokens=self.config.batch_size * phase.max_tokens,
             max_frames=max_frames,
-            frames_per_token=self.dit.config.patch_size_t or 1,
+            frames_per_token=dit.patch_size_t or 1,
+            num_padding=int(is_cogvideox15(dit)),
+            size=native_size(dit)[:2] if dit.use_learned_positional_embeddings else None,
             masks=self.config.masks,
             text_only=self.config.text_only,
         )
@@ -459,9 +495,17 @@ class Denoising:
         draws = generator(self.config.seed, micro.epoch, micro.number, "noise", device=self.device)
         timesteps = micro.timesteps.to(self.device, non_blocking=True)
         latents = self.sampled(batch["latents"], draws)
+        num_copies = num_padding(self.dit.config, latents.shape[2])
+        latents = torch.cat([latents[:, :, :num_copies], latents], dim=2)
         condition = None
         if self.kind == "control":
             condition = self.sampled(batch["control"], draws)
+        if self.kind == "image":
+            mean, logvar = batch["picture"].chunk(2, dim=1)
+            noise = self.normal(mean.shape, draws)
+            picture = sample_first_picture(mean, logvar, noise, self.vae_config).float()
+            picture = picture * ~batch["zero"][:, None, None, None, None]
+            condition = F.pad(picture, (0, 0, 0, 0, 0, latents.shape[2] - 1))  # zeros in all other frames
         if self.kind == "inpaint":
             noise = self.normal(latents.shape, draws)
             shown = {name: batch[name] for name in ("masked", "known", "zero")}
@@ -479,7 +523,14 @@ class Denoising:
         noise = self.normal(latents.shape, draws)
         with self.autocast():
             return denoising_losses(
-                self.dit, self.schedule, latents, noise, timesteps, text.float(), condition
+                self.dit,
+                self.schedule,
+                latents,
+                noise,
+                timesteps,
+                text.float(),
+                condition,
+                self.config.motion_sub_loss,
             )
 
     def sampled(self, moments: Tensor, draws: torch.Generator) -> Tensor:
@@ -502,7 +553,7 @@ class Denoising:
         return {"val_loss": sum(bands) / len(bands)} | {f"val_loss_{t}": b for t, b in zip(BANDS, bands)}
 
     def preview(self, shown: Sample, num_steps: int):
-        """A video from the caption (and control) of a sample, uint8 f h w 3."""
+        """A video from the caption (and control, or first picture) of a sample, uint8 f h w 3."""
         models = sample.load_models(self.model_dir, self.dtype, self.device)
         models.config = self.dit.config
         models.loaded = {"transformer": self.dit}
@@ -512,6 +563,8 @@ class Denoising:
         settings = {"num_frames": f, "height": height, "width": width, "num_steps": num_steps, "seed": 0}
         if self.kind == "control":
             settings["control_video"] = shown.control.numpy()
+        if self.kind == "image":
+            settings["image"] = to_uint8(pixels_of([shown], torch.device("cpu"))[0])[0]
         with self.autocast():
             return sample.generate(models, shown.caption, **settings)
 
@@ -785,8 +838,13 @@ def describe(task, phase: Phase, config: Config, plan: Plan, optim: Optim, micro
         f"a step is {phase.global_batch // config.batch_size} micro-batches of up to {plan.batch_tokens} "
         f"video tokens, with {config.noises_per_clip} noise(s) a sample, on {NUM_RANKS} rank(s)\n"
         f"{phase.num_steps} steps at resolutions {resolutions}, up to {phase.max_tokens} tokens and "
-        f"{plan.max_frames} frames; the shapes of the epoch:\n{data.bucket_table(micros)}"
+        f"{plan.max_frames} frames; the shapes of the epoch:\n{data.bucket_table(micros, plan)}"
     )
+    if plan.size:
+        length = native_size(task.dit.config)[2]
+        others = sum(len(micro.keys) for micro in micros if micro.bucket.num_frames != length)
+        if others:
+            say(f"note: learned positions fit {length} frames alone; {others} samples get computed ones")
 
 
 class Log:
@@ -928,7 +986,8 @@ def train(
             loss, stop = sum_over_ranks(sums).tolist()
             seconds = time.perf_counter() - start
             num_tokens = (
-                sum(micro.bucket.tokens * len(micro.keys) for micro in micros) * config.noises_per_clip
+                sum(data.tokens_of(micro.bucket, plan) * len(micro.keys) for micro in micros)
+                * config.noises_per_clip
             )
             log.step(at, seconds, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=num_tokens / seconds,
                      wait=waited / seconds, gib=gib_used(task.device))  # fmt: skip
@@ -1016,10 +1075,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="clips of max-tokens in a micro-batch; more where they are smaller",
     )
     add("--num-frames", type=positive, dest="max_frames", help="most frames of a clip")
-    add("--fps", type=float, help="frames a second to read files at")
+    add("--fps", type=float, help="frames a second to read files at; 8, for CogVideoX1.5 16, if not given")
     add("--lora-rank", type=positive, help=f"learn LoRA of this rank: OUT/{LORA}, for sample.py --lora")
     add("--lora-alpha", type=float, help="how much it counts, as alpha/rank; the rank if not given")
-    add("--in-channels", type=positive, help="16, 32 or 33: grow the transformer's input")
+    add("--in-channels", type=positive, help="grow a text model: 33 to an inpaint, 32 to a control model")
+    add("--masks", nargs="+", choices=list(MASK_KINDS), metavar="KIND",
+        help=f"only these of {', '.join(MASK_KINDS)}; their shares stay in proportion")  # fmt: skip
     add("--cache-latents", type=Path, metavar="DIR",
         help="encode every sample once, under 4 draws of mask and crop, and keep it here")  # fmt: skip
     add("--seed", type=int)
@@ -1076,6 +1137,14 @@ def set_field(config, assignment: str):
     return replace(config, **{first: value})
 
 
+def start_of(config: Config, args: argparse.Namespace) -> TransformerConfig:
+    """Of the transformer before it is trained, or grown."""
+    file = args.model and Path(args.model) / "transformer" / "config.json"
+    if args.from_scratch or not file or not file.is_file():
+        return config.dit
+    return checkpoint.read_config(TransformerConfig, file)
+
+
 def make_config(args: argparse.Namespace) -> Config:
     """The preset with the command line's changes; ValueError for what cannot be."""
     config = PRESETS[args.preset][args.train]
@@ -1083,7 +1152,11 @@ def make_config(args: argparse.Namespace) -> Config:
         config = set_field(config, assignment)
     names = {f.name for f in dataclasses.fields(Config)} - {"phases", "train"}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    if args.masks:
+        given["masks"] = {kind: MASK_KINDS[kind] for kind in args.masks}
     config = replace(config, **given)
+    if config.fps is None:
+        config = replace(config, fps=native_fps(start_of(config, args)))
     if args.cache_latents:
         config = replace(config, cached_draws=config.cached_draws or 4, keep_on_device=False)  # 4: not tuned
 
@@ -1161,8 +1234,11 @@ def run(argv: list[str] | None, signals: list[int]) -> bool:
         task = Reconstruction(config, options.out, device, dtype)
     else:
         task = Denoising(config, options.out, device, dtype)
-        if task.kind == "control" and not all(record.read_control for record in files[0] + files[1]):
-            raise ValueError("a control model needs a control_file_path for every sample")
+        for record in files[0] + files[1]:
+            if task.kind == "control" and not record.read_control:
+                raise ValueError(f"a control model needs a control_file_path for every sample: {record.name}")
+            if task.kind == "image" and record.num_frames == 1:
+                raise ValueError(f"an image-to-video model learns from clips alone; remove {record.name}")
         captions = sorted({record.caption(record.num_frames) for record in files[0]})
         length = task.dit.config.max_text_seq_length
         for line in data.caption_report(captions, task.encoders.tokenizer, length):

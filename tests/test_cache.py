@@ -299,7 +299,7 @@ def test_a_posterior_is_sampled_anew_in_every_epoch(tmp_path, clips, monkeypatch
     kept.fill(micros)
     [batch], seen = kept.batches(micros), []
 
-    def watched(dit, schedule, latents, noise, timesteps, text, condition):
+    def watched(dit, schedule, latents, noise, timesteps, text, condition, _):
         seen.append((latents, noise, condition))
         return torch.zeros(len(latents))
 

@@ -82,7 +82,7 @@ def test_an_epoch_holds_every_sample_once_in_batches_of_one_shape():
     indices = [[micro.indices for micro in micros] for micros in lists]
     assert indices[0] != indices[1]
     assert indices[0] != [micro.indices for micro in data.Epochs(records, plan, seed=4).micros(0)]
-    table = data.bucket_table(lists[0]).splitlines()
+    table = data.bucket_table(lists[0], PLAN).splitlines()
     assert sum(int(line.split()[5]) for line in table[1:]) == 100
     assert len(table) == 1 + len({micro.bucket for micro in lists[0]})
 

@@ -37,6 +37,7 @@ from vae import VideoVAE
 
 ROOT = Path(train.__file__).parent
 INPAINT, CONTROL, PLAIN = (GOLDENS / name for name in ("fun-2b-inp", "fun-2b-control", "cogvideox-2b-t2v"))
+IMAGE, IMAGE_15 = GOLDENS / "cogvideox-5b-i2v", GOLDENS / "cogvideox-1.5-5b-i2v"
 SMALL = "--resolutions 32 --max-tokens 8 --num-frames 5 --num-val 2 --num-previews 0 --batch-size 2".split()
 SMALL += "--grad-accum 2 --save-every 3 --dtype float32 --device cpu --preset tiny --lr 1e-3".split()
 FIELDS = {"num_shapes": 20, "warmup_steps": 1, "cached_draws": 0, "keep_on_device": "false"}
@@ -374,9 +375,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
         (["--train", "vae", "--lora-rank", 2], "--lora-rank"),
         (["--phase-steps", 1, 2, 3, 4, 5], "--phase-steps"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
-        (["--in-channels", 12], "less than"),
+        (["--in-channels", 12], "only a text model"),
+        (["--in-channels", 12, "--model", PLAIN], "less than"),
+        (["--in-channels", 33, "--model", IMAGE], "only a text model"),
         (["--data", "nothing.json"], "nothing.json"),
-        (["--model", GOLDENS / "cogvideox-5b-i2v"], "image-to-video"),
+        (["--model", IMAGE], "clips alone"),
         (["--model", CONTROL], "control_file_path"),
     ],
 )
@@ -527,17 +530,19 @@ def test_a_transformer_from_scratch_fits_the_text_encoder_it_is_given(tmp_path):
 # ---------------------------------------------------------------- models by channels
 
 
-def test_an_inpaint_run_grows_from_a_text_model_without_changing_what_it_says(tmp_path):
-    options = ["--num-steps", 1, "--in-channels", 33, "--lr", 0]
+@pytest.mark.parametrize("in_channels, kind", [(33, "Inpaint"), (32, "Control")])
+def test_a_run_grows_from_a_text_model_without_changing_what_it_says(tmp_path, in_channels, kind):
+    options = ["--num-steps", 1, "--in-channels", in_channels, "--lr", 0, "--data", with_controls(tmp_path)]
     assert run(tmp_path, *options, model=PLAIN) == 0
     grown, plain = VideoTransformer.from_pretrained(tmp_path), VideoTransformer.from_pretrained(PLAIN)
-    assert grown.config.in_channels == 33
-    assert "Fun_Pipeline_Inpaint" in (tmp_path / "model_index.json").read_text()
+    assert grown.config.in_channels == in_channels
+    assert f"Fun_Pipeline_{kind}" in (tmp_path / "model_index.json").read_text()
     grown.position = plain.position
     noisy = torch.randn(1, 16, 2, 4, 6)
     text = torch.randn(1, plain.config.max_text_seq_length, plain.config.text_embed_dim)
     with torch.no_grad():
-        ours = grown(noisy, torch.tensor([500]), text, torch.randn(1, 17, 2, 4, 6))
+        condition = torch.randn(1, in_channels - 16, 2, 4, 6)
+        ours = grown(noisy, torch.tensor([500]), text, condition)
         assert_close(ours, plain(noisy, torch.tensor([500]), text), 1e-5)
 
 
@@ -552,13 +557,19 @@ def test_a_run_with_another_position_rule_says_so_in_its_folder(tmp_path):
         VideoTransformer.from_pretrained(tmp_path / "on")
 
 
-def test_text_models_and_control_models_train(tmp_path):
-    assert run(tmp_path / "text", "--num-steps", 1, model=PLAIN) == 0
-    one_shape(tmp_path)
+def with_controls(folder: Path) -> Path:
+    """The clips of `one_shape`, each with another one as its control."""
+    one_shape(folder)
     names = [(f"clips/{i}.mp4", f"clips/{7 - i}.mp4") for i in range(8)]
     meta = [{"file_path": a, "control_file_path": b, "text": "a", "type": "video"} for a, b in names]
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    options = ["--num-steps", 1, "--data", tmp_path / "meta.json", "--num-previews", 1, "--preview-steps", 1]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder / "meta.json"
+
+
+def test_text_models_and_control_models_train(tmp_path):
+    assert run(tmp_path / "text", "--num-steps", 1, model=PLAIN) == 0
+    options = ["--num-steps", 1, "--data", with_controls(tmp_path)]
+    options += ["--num-previews", 1, "--preview-steps", 1]
     assert run(tmp_path / "control", *options, model=CONTROL) == 0
 
 
@@ -570,6 +581,134 @@ def test_control_pixels_are_the_condition():
     batch = task.encode(samples)
     assert batch["control"].shape == batch["latents"].shape
     assert not torch.equal(batch["control"], batch["latents"])
+
+
+# ---------------------------------------------------------------- image-to-video
+
+
+@pytest.mark.parametrize("model", [IMAGE, IMAGE_15], ids=["5b", "1.5"])
+def test_an_image_model_learns_resumes_to_the_byte_and_loads_in_diffusers(tmp_path, model):
+    diffusers = pytest.importorskip("diffusers")
+    clips = one_shape(tmp_path)
+    options = ["--data", clips, "--val-data", clips, "--phase", 2, "--lr", 1e-2, "--max-tokens", 18]
+    options += ["--num-frames", 9, "--save-every", 4]
+    preview = ["--num-previews", 1, "--preview-steps", 1]
+    assert run(tmp_path / "whole", *options, *preview, "--num-steps", 4, model=model) == 0
+    assert run(tmp_path / "parts", *options, "--num-steps", 2, model=model) == 0
+    assert run(tmp_path / "parts", *options, "--num-steps", 4, "--resume", model=model) == 0
+    assert (tmp_path / "whole" / TRANSFORMER).read_bytes() == (tmp_path / "parts" / TRANSFORMER).read_bytes()
+    found = [line["val_loss"] for line in entries(tmp_path / "whole") if "val_loss" in line]
+    assert found[-1] < 0.95 * found[0]
+    assert (tmp_path / "whole" / "previews" / "step-000004-0.gif").exists()
+    ours = VideoTransformer.from_pretrained(tmp_path / "whole")
+    theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "whole" / "transformer")
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(weight, ours.get_parameter(name)) for name, weight in theirs.named_parameters())
+
+
+@pytest.mark.parametrize("model", [IMAGE, IMAGE_15], ids=["5b", "1.5"])
+def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkeypatch, model):
+    """But for the noise and the drop: the picture's latents, scaled alike, before zeros. CogVideoX1.5 has a
+    copy of the first latent frame in front of the clip, and the picture beside it."""
+    monkeypatch.setattr(train, "draw_noise_sigma", lambda _: 0.0)
+    monkeypatch.setattr(train, "PICTURE_DROP", 0.0)
+    monkeypatch.setattr(train.Denoising, "normal", lambda self, shape, _: torch.zeros(tuple(shape)))
+    given = []
+
+    def watched(dit, schedule, latents, noise, timesteps, text, condition, motion):
+        given.extend([latents, condition])
+        return torch.zeros(len(latents))
+
+    monkeypatch.setattr(train, "denoising_losses", watched)
+    task = task_for(model)
+    plan = Plan((32,), 100, 100)
+    [clip] = shapes.records(1, seed=0)
+    bucket = Bucket(9, 32, 48)
+    one = load_sample(train.shape_record(clip, "clip"), bucket, (0, 0, 0), plan)
+    task.losses(task.encode([one]), Micro(bucket, [0], [(0, 0, 0)], 0, 0, torch.tensor([500])))
+    latents, condition = given
+
+    models = train.sample.load_models(model)
+    picture = train.to_uint8(pixels_of([one], torch.device("cpu"))[0])[0]
+    request = train.sample.Request("a", image=picture, num_frames=9, height=32, width=48)
+    known = train.sample.read_inputs(request, models.config)
+    shown, _ = train.sample.encode_known(models, request, known, torch.zeros)
+    assert_close(condition, shown, 1e-6)
+    assert condition.shape == latents.shape
+    whole = task.encoders.vae.encode(pixels_of([one], torch.device("cpu")))
+    is_padded = model == IMAGE_15
+    assert latents.shape[2] == 3 + is_padded
+    assert_close(latents[:, :, is_padded:], whole, 1e-6)
+    assert_close(latents[:, :, :1], whole[:, :, :1], 1e-6)
+
+
+def test_an_image_models_picture_is_noisy_and_sometimes_dropped(monkeypatch):
+    """5 % of 1000 samples are 50, give or take 7; σ = exp(N(−3, ½)) has its median at exp(−3) = 0.05."""
+    seen = []
+
+    def moments(self, pixels, *_):
+        seen.append(pixels)
+        return [pixels.new_zeros(len(pixels), 16, 1, 4, 4)] * 2
+
+    monkeypatch.setattr(VideoVAE, "moments", moments)
+    task = task_for(IMAGE)
+    samples, _ = drawn(1)
+    samples = [samples[0]._replace(key=(0, 0, i)) for i in range(1000)]
+    zero = task.encoders.clips(samples)["zero"]
+    assert 25 < zero.sum() < 75
+    pixels, pictures = seen
+    sigmas = (pictures - pixels[:, :, :1]).flatten(1).std(dim=1)
+    assert pictures.shape[2] == 1
+    assert sigmas.median().item() == pytest.approx(0.05, rel=0.1)
+    assert sigmas.log().std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_budget_pays_for_the_copied_frame_of_cogvideox15():
+    """Of clips at 768×1360: 22 latent frames of 48 × 85 patches are made of 81 frames."""
+    task = task_for(IMAGE_15)
+    for budget, num_frames in ((22, 81), (21, 73), (13, 41), (2, 1), (1, 1)):
+        phase = replace(task.config.phases[1], resolutions=(32,), max_tokens=4 * budget)
+        plan = replace(task.plan(phase), max_frames=81)
+        bucket = train.data.bucket_at(replace(long_record(), size=(32, 32)), plan, 32)
+        assert bucket == (num_frames, 32, 32)
+        assert train.data.tokens_of(bucket, plan) <= 4 * budget
+
+
+def long_record() -> Record:
+    return Record("a long clip", lambda _: "", 1000, (32, 32), read=None)
+
+
+def test_learned_positions_fix_the_size_of_clips():
+    task = task_for(IMAGE)
+    plan = task.plan(task.config.phases[1])
+    assert train.data.bucket_at(long_record(), plan, 512)[1:] == (32, 48)
+
+
+def test_files_are_read_at_the_models_own_rate():
+    assert config_of(model=IMAGE_15).fps == 16
+    assert config_of(model=IMAGE).fps == config_of().fps == 8
+    assert config_of("--fps", 12, model=IMAGE_15).fps == 12
+
+
+def test_the_kinds_of_masks_can_be_chosen():
+    config = config_of("--masks", "after the start", "circle")
+    assert config.masks == {"after the start": 0.2, "circle": 0.05}
+    samples, _ = drawn(12, masks={"after the start": 1})
+    assert all(not one.mask[0].any() and one.mask[4].all() for one in samples)
+
+
+def test_motion_can_be_a_share_of_the_loss():
+    dit = VideoTransformer.from_pretrained(PLAIN)
+    schedule = Schedule.from_pretrained(PLAIN)
+    latents, noise = torch.randn(2, 2, 16, 3, 4, 6)
+    text = torch.randn(2, dit.config.max_text_seq_length, dit.config.text_embed_dim)
+    inputs = dit, schedule, latents, noise, torch.tensor([100, 900]), text, None
+    with torch.no_grad():
+        plain, both = denoising_losses(*inputs), denoising_losses(*inputs, motion_sub_loss=0.25)
+        noisy = schedule.add_noise(latents, noise, inputs[4])
+        error = dit(noisy, inputs[4], text) - schedule.velocity(latents, noise, inputs[4])
+    motion = (error[:, :, 1:] - error[:, :, :-1]).square().mean((1, 2, 3, 4))
+    assert_close(both, 0.75 * plain + 0.25 * motion, 1e-5)
 
 
 def test_presets_hold_the_reports_phases():
@@ -585,7 +724,7 @@ def test_presets_hold_the_reports_phases():
 
 def test_half_the_clips_of_a_small_data_set_are_not_held_out(tmp_path):
     """Of eight files one is held out; a single file is trained on and looked at."""
-    records, held_out, failures = train.open_data(str(one_shape(tmp_path)), None, 16, train.TINY)
+    records, held_out, failures = train.open_data(str(one_shape(tmp_path)), None, 16, config_of())
     assert len(records) == 7 and len(held_out) == 1 and not failures
     assert held_out[0].name not in [record.name for record in records]
 
