@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
+import memory
 import runtime
 import sample
 from data import PICTURE_DROP, Epochs, Key, Loader, Micro, Plan, Record, Sample, load_sample, pixels_of
@@ -556,9 +557,12 @@ class Denoising:
         """A video from the caption (and control, or first picture) of a sample, uint8 f h w 3."""
         models = sample.load_models(self.model_dir, self.dtype, self.device)
         models.config = self.dit.config
-        models.loaded = {"transformer": self.dit}
-        if self.t5:
-            models.loaded["text_encoder"] = self.t5
+        here = {
+            "vae": vars(self.encoders).get("vae"),
+            "text_encoder": self.t5 or vars(self.encoders).get("t5"),
+        }
+        models.loaded = {name: network for name, network in here.items() if network}  # others come and go
+        models.loaded["transformer"] = self.dit
         f, height, width = shown.mask.shape
         settings = {"num_frames": f, "height": height, "width": width, "num_steps": num_steps, "seed": 0}
         if self.kind == "control":
@@ -812,17 +816,6 @@ def draw_curve(log: Path, path: Path, width: int = 960, height: int = 480) -> No
         picture.save(temporary)
 
 
-def gib_used(device: torch.device) -> float:
-    """At most so far: of the device's memory, or of this process; 0 where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
-
-
 def as_time(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
@@ -845,6 +838,45 @@ def describe(task, phase: Phase, config: Config, plan: Plan, optim: Optim, micro
         others = sum(len(micro.keys) for micro in micros if micro.bucket.num_frames != length)
         if others:
             say(f"note: learned positions fit {length} frames alone; {others} samples get computed ones")
+
+
+def describe_memory(
+    task: Denoising, config: Config, phases: tuple[Phase, ...], offload: bool, device: torch.device
+) -> None:
+    """What the steps to come will hold, and what is free, before any of it is taken."""
+    dit = task.dit.config
+    models = sample.load_models(task.model_dir, task.dtype)
+    num_text = models.num_parameters["text_encoder"] if any(phase.train_text for phase in phases) else 0
+    num_tokens = max(phase.max_tokens for phase in phases) // (dit.patch_size_t or 1)
+    parts = memory.step_bytes(
+        task.dit,
+        config.batch_size * config.noises_per_clip * (num_tokens + dit.max_text_seq_length),
+        task.dtype,
+        num_moments=1 if config.optimizer == "muon" else 2,
+        has_ema=config.ema_decay > 0,
+        num_parts=1 if config.replicate else NUM_RANKS,
+        num_beside=num_text,
+    )
+    side = max(size for phase in phases for size in phase.resolutions)
+    is_cached = config.cached_draws > 0
+    encoding = memory.encoding_bytes(models, config.batch_size, side, is_cached)
+    if num_text:
+        del encoding["T5"]
+    total = sum(parts.values())
+    if not is_cached:
+        total += sum(encoding.values())
+    free = memory.free_bytes(device)
+    say(
+        f"memory: about {total / 2**30:.3g} GiB ({memory.in_gib(parts)}"
+        f"{', all but the last of the host' if offload else ''}); to encode, "
+        f"{'before the first step' if is_cached else 'in each step'}, {memory.in_gib(encoding)}; "
+        f"free {'?' if free is None else f'{free / 2**30:.3g}'} GiB"
+    )
+    if free is not None and total > free and not offload:
+        say(
+            "note: that is more than is free. --activation-checkpointing, --cache-latents, --lora-rank and "
+            "a smaller --max-tokens or --batch-size take less; --offload moves most to the host"
+        )
 
 
 class Log:
@@ -913,7 +945,7 @@ def train(
     if options.cache_latents:
         from cache import content_digests
 
-        digests = content_digests(records)
+        digests, unseen_digests = content_digests(records), content_digests(held_out_records)
     names = [int(digest, 16) for digest in digests]  # so an entry does not depend on its place in the list
 
     while at.total_steps < num_steps and not stop:
@@ -932,9 +964,7 @@ def train(
         epochs = Epochs(records, plan, config.seed, config.cached_draws, config.keep_on_device, names)
         micros_per_step = phase.global_batch // config.batch_size
         unseen = held_out_micros(held_out_records, plan, config.seed)
-        held_out = [
-            (task.encode(samples), m) for m, samples in zip(unseen, held_out_loader.each(unseen, read))
-        ]
+        held_out: list[tuple[Batch, Micro]] = []
         if config.cached_draws:
             if not cache or options.cache_latents:  # a folder's texts are named by what T5 has become
                 cache = make_cache(config, options.cache_latents, digests, task, loader, plan)
@@ -943,7 +973,18 @@ def train(
             asked = list(epochs.asked(at.epoch, at.batch, micros_per_step, todo))
             began = time.perf_counter()
             count = cache.fill(asked if options.cache_latents is None else asked[RANK::NUM_RANKS])
+            if options.cache_latents:
+                unseen_cache = make_cache(
+                    config, options.cache_latents, unseen_digests, task, held_out_loader, plan
+                )
+                count += unseen_cache.fill(unseen[RANK::NUM_RANKS])
+                wait_for_ranks()
+                held_out = list(zip(unseen_cache.batches(unseen), unseen))
             say(f"{count} samples encoded in {as_time(time.perf_counter() - began)}")
+        if not held_out:
+            samples = held_out_loader.each(unseen, read)
+            held_out = [(task.encode(s), micro) for s, micro in zip(samples, unseen)]
+        if config.cached_draws:
             task.encoders.free()
             wait_for_ranks()
         todo, ahead = itertools.tee(epochs.steps(at.epoch, at.batch, micros_per_step))
@@ -990,7 +1031,7 @@ def train(
                 * config.noises_per_clip
             )
             log.step(at, seconds, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=num_tokens / seconds,
-                     wait=waited / seconds, gib=gib_used(task.device))  # fmt: skip
+                     wait=waited / seconds, gib=memory.gib_used(task.device))  # fmt: skip
             at.advance(micros, config.phases)
 
             is_last = at.total_steps == num_steps or at.step == 0  # of the run, or of the phase
@@ -1247,6 +1288,7 @@ def run(argv: list[str] | None, signals: list[int]) -> bool:
         compiles = options.compile or (config.compile_on_gpu and device.type == "cuda")
         for block in task.dit.transformer_blocks if compiles else []:
             block.compile(dynamic=True)  # one graph: with one for each shape torch gives up after eight
+        describe_memory(task, config, config.phases[at.phase :], options.offload, device)
         place(task.dit, device, dtype, config.replicate, options.offload)
     stopped = train(task, config, settings, options, at, resumed, files, signals)
     following = f"sample.py PROMPT --model {options.out}"

@@ -1,5 +1,6 @@
 """cache.py: it keeps what the networks say, serves nothing stale, and when full asks them for nothing."""
 
+import itertools
 import json
 import os
 import shutil
@@ -83,28 +84,16 @@ def micros_of(records: list, num_epochs: int = 2, num_draws: int = 2) -> list[Mi
 def test_a_full_cache_gives_the_same_run_and_asks_the_networks_for_nothing(
     tmp_path, clips, monkeypatch, capsys, model
 ):
-    """But for the held-out samples, which each run encodes once."""
+    """Held-out samples included: neither VAE nor T5 is loaded."""
     folder = tmp_path / "cache"
     options = ["--data", clips, "--cache-latents", folder, *OPTIONS]
     assert run(tmp_path / "filling", *options, model=model) == 0
-    assert capsys.readouterr().out.startswith("3 samples encoded")
+    assert "\n4 samples encoded" in capsys.readouterr().out
     before = files(folder)
-    encoded, told = [], []
-    encode_clips, encode_texts = train.Encoders.clips, train.Encoders.texts
-
-    def clips_of(self, samples):
-        encoded.extend(sample.key for sample in samples)
-        return encode_clips(self, samples)
-
-    def texts_of(self, captions):
-        told.append(captions)
-        return encode_texts(self, captions)
-
-    monkeypatch.setattr(train.Encoders, "clips", clips_of)
-    monkeypatch.setattr(train.Encoders, "texts", texts_of)
+    for network in (train.VideoVAE, train.T5Encoder):
+        monkeypatch.setattr(network, "from_pretrained", None)
     assert run(tmp_path / "full", *options, model=model) == 0
-    assert {draw for _, draw, _ in encoded} == {train.VALIDATION} and len(told) == len(encoded)
-    assert capsys.readouterr().out.startswith("0 samples encoded")
+    assert "\n0 samples encoded" in capsys.readouterr().out
     assert entries(tmp_path / "full") == entries(tmp_path / "filling")
     assert before == files(folder)
 
@@ -185,8 +174,8 @@ def test_damaged_entries_are_made_anew(tmp_path, clips):
         lambda content: content + b"x",
         lambda content: b"\0" * len(content),
     ]
-    assert len(whole) == len(damages)
-    for damage, (path, content) in zip(damages, whole.items()):
+    assert len(whole) >= len(damages)
+    for damage, (path, content) in zip(itertools.cycle(damages), whole.items()):
         path.write_bytes(damage(content))
     assert run(tmp_path / "again", *options) == 0
     assert entries(tmp_path / "again") == entries(tmp_path / "filling")
