@@ -863,8 +863,8 @@ def describe_memory(
     if num_text:
         del encoding["T5"]
     total = sum(parts.values())
-    if not is_cached:
-        total += sum(encoding.values())
+    if not is_cached:  # a clip is encoded before, not while, the transformer is at work
+        total += encoding.get("T5", 0) + max(0, encoding["VAE"] - parts["activations"])
     free = memory.free_bytes(device)
     say(
         f"memory: about {total / 2**30:.3g} GiB ({memory.in_gib(parts)}"
