@@ -329,7 +329,7 @@ class Plan:
     frames_per_token: int = 1
     num_padding: int = 0  # latent frames in front of a clip, which count: CogVideoX1.5's, see Denoising
     size: tuple[int, int] | None = None  # height, width, where a model takes no other
-    masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(MASK_KINDS))
+    masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(MASK_KINDS))  # none: not drawn
     text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
 
 
@@ -502,11 +502,11 @@ def load_sample(record: Record, bucket: Bucket, key: Key, plan: Plan) -> Sample:
             raise ValueError(f"{record.name} ends {num_frames - len(frames)} frames before its header says")
         return torch.from_numpy(np.array(fit(frames, height, width)))
 
-    mask = random_mask(generator(*key, "mask"), num_frames, height, width, plan.masks)
-    zero_if_all_masked = chance(generator(*key, "text only"), TEXT_ONLY)
-    if chance(generator(*key, "mask dropped"), plan.text_only):
-        mask = torch.ones(1, 1, 1, dtype=torch.bool).expand(num_frames, height, width)
-        zero_if_all_masked = True
+    everything = torch.ones(1, 1, 1, dtype=torch.bool).expand(num_frames, height, width)
+    mask, zero_if_all_masked = everything, True
+    if plan.masks and not (plan.text_only and chance(generator(*key, "mask dropped"), plan.text_only)):
+        mask = random_mask(generator(*key, "mask"), num_frames, height, width, plan.masks)
+        zero_if_all_masked = chance(generator(*key, "text only"), TEXT_ONLY)
     drawing = (record.scene, start, record.num_frames) if record.scene else None
     return Sample(
         key=key,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import read_tensors, weight_files
-from runtime import average_over_ranks, cut_like, is_cut, local, whole
+from runtime import NUM_RANKS, average_over_ranks, cut_like, is_cut, local, whole
 
 
 def learning_rate(step: int, num_steps: int, lr: float, final_lr: float, warmup_steps: int) -> float:
@@ -78,23 +78,34 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """All of one shape at once: of a small network launching is what takes the time."""
         [group] = self.param_groups
         shape = operator.attrgetter("shape")
         learning = sorted((param for param in group["params"] if param.grad is not None), key=shape)
         for _, alike in itertools.groupby(learning, shape):
-            while params := list(itertools.islice(alike, 8)):  # no more: whole, they take memory
-                updates = orthogonal(torch.stack([self.momentum(param).flatten(1) for param in params]))
+            while params := list(
+                itertools.islice(alike, 8 if NUM_RANKS > 1 else 64)
+            ):  # whole, they take memory
+                updates = orthogonal(torch.stack(self.momenta(params)).flatten(2))
                 updates *= 0.2 * max(updates.shape[1:]) ** 0.5  # to AdamW's root mean square
-                for param, update in zip(params, updates):
-                    param.mul_(1 - group["lr"] * group["weight_decay"])
-                    param.sub_(group["lr"] * cut_like(param, update.view(param.shape)))
+                updates = [cut_like(p, update.view(p.shape)) for p, update in zip(params, updates)]
+                weights = [local(param) for param in params]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(weights, [local(update) for update in updates], alpha=group["lr"])
 
-    def momentum(self, param: Tensor) -> Tensor:
+    def momenta(self, params: list[Tensor]) -> list[Tensor]:
         """Nesterov's, whole, in float32."""
         [group] = self.param_groups
-        average = self.state[param].setdefault("momentum_buffer", torch.zeros_like(param.grad))
-        average.lerp_(param.grad, 1 - group["momentum"])
-        return whole(param.grad.lerp(average, group["momentum"])).float()
+        for param in params:
+            if not self.state[param]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param.grad)
+        gradients = [param.grad for param in params]
+        averages = [self.state[param]["momentum_buffer"] for param in params]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        return [
+            whole(momentum).float()
+            for momentum in torch._foreach_lerp(gradients, averages, group["momentum"])
+        ]
 
 
 # ---------------------------------------------------------------- all of it together

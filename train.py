@@ -224,6 +224,7 @@ TINY_VAE = replace(
     TINY,
     train="vae",
     batch_size=64,
+    optimizer="muon",  # AdamW needs about twice the steps here
     cached_draws=0,
     keep_on_device=False,
     weight_decay=0.0,
@@ -232,8 +233,8 @@ TINY_VAE = replace(
     kl_weight=5e-4,
     equivariance=0.25,
     phases=(
-        Phase((32, 64), 48, 64, 900, 5e-3, 2e-3),
-        Phase((32, 48, 64, 96, 128), 128, 64, 500, 2e-3, 1e-5),
+        Phase((32, 64), 48, 64, 600, 5e-3, 2.5e-3),
+        Phase((64, 64, 96, 128), 96, 64, 600, 2.5e-3, 1e-5),
     ),
 )
 

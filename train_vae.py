@@ -3,8 +3,8 @@
     pixels ─encoder─► posterior ─sample─► latents ─decoder─► pixels        python train.py --train vae
     loss = reconstruction + kl_weight · KL(posterior, normal) + equivariance · EQ
 
-EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509): the decoder is also shown flipped or halved latents, and
-has to give the flipped or halved clip. Latents that move as the pixels move are easier to learn for a
+EQ, after EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509): from latents averaged to half their size the
+decoder has to give the clip at half its size. Latents that scale as pixels do are easier to learn for a
 transformer. This file may be deleted; nothing else of training needs it.
 """
 
@@ -35,10 +35,8 @@ def reconstruction_losses(pixels: Tensor, target: Tensor) -> Tensor:
     return sum(term.mean((1, 2, 3, 4)) for term in terms)
 
 
-def change_of(x: Tensor, change: int) -> Tensor:
-    """Pixels or latents b c f h w mirrored (0), upside down (1), or halved in height and width (2)."""
-    if change < 2:
-        return x.flip(4 - change)
+def halved(x: Tensor) -> Tensor:
+    """Pixels or latents: b c f h w -> b c f h/2 w/2."""
     return F.avg_pool3d(x, (1, 2, 2))
 
 
@@ -56,7 +54,7 @@ class Reconstruction:
 
     def plan(self, phase) -> Plan:
         batch_tokens = self.config.batch_size * phase.max_tokens
-        return Plan(phase.resolutions, phase.max_tokens, batch_tokens, self.config.max_frames)
+        return Plan(phase.resolutions, phase.max_tokens, batch_tokens, self.config.max_frames, masks={})
 
     def begin(self, phase) -> dict[str, nn.Module]:
         return {"vae": self.vae}
@@ -77,13 +75,10 @@ class Reconstruction:
         logvar = logvar.clamp(-30, 20)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
         loss = reconstruction_losses(reconstructed, pixels) + self.config.kl_weight * kl
-        if self.config.equivariance:
-            change = int(
-                torch.randint(3, (), generator=generator(self.config.seed, micro.epoch, micro.number))
-            )
+        if self.config.equivariance and micro.number % 2:  # every other one, as it costs a decoding more
             with self.autocast():
-                moved = self.vae.decode(change_of(latents, change))
-            loss = loss + self.config.equivariance * reconstruction_losses(moved, change_of(pixels, change))
+                smaller = self.vae.decode(halved(latents))
+            loss = loss + self.config.equivariance * reconstruction_losses(smaller, halved(pixels))
         return loss
 
     def autocast(self) -> torch.autocast:

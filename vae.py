@@ -131,14 +131,21 @@ class SpatialNorm(nn.Module):
         return self.norm_layer(x) * scale + shift
 
 
+def repeat(x: Tensor, time: int, space: int) -> Tensor:
+    """Nearest: b c f h w -> b c f·time h·space w·space. F.interpolate is the same; its gradient is slower."""
+    x = x[:, :, :, None, :, None, :, None].expand(-1, -1, -1, time, -1, space, -1, space)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
 def enlarge(latents: Tensor, size: torch.Size) -> Tensor:
-    """Nearest: b c f' h' w' -> b c *size. Of an odd number of frames the first is latent 0's alone."""
-    num_frames, height, width = size
-    if num_frames % 2 == 0 or num_frames == 1:
-        return F.interpolate(latents, size)
-    first = F.interpolate(latents[:, :, :1], (1, height, width))
-    rest = F.interpolate(latents[:, :, 1:], (num_frames - 1, height, width))
-    return torch.cat([first, rest], dim=2)
+    """b c f' h' w' -> b c *size. Of an odd number of frames the first is latent 0's alone."""
+    num_frames, height, _ = size
+    space = height // latents.shape[3]
+    num_alone = num_frames % 2 if latents.shape[2] > 1 else 0
+    alone, rest = latents[:, :, :num_alone], latents[:, :, num_alone:]
+    time = (num_frames - num_alone) // rest.shape[2]
+    enlarged = repeat(rest, time, space)
+    return torch.cat([repeat(alone, 1, space), enlarged], dim=2) if num_alone else enlarged
 
 
 class ResnetBlock(nn.Module):
@@ -206,14 +213,14 @@ class Upsample(nn.Module):
             return x
         is_start = self not in cache
         cache[self] = True
-        doubled = F.interpolate(x, scale_factor=(2.0, 1.0, 1.0))
+        doubled = repeat(x, time=2, space=1)
         if is_start and x.shape[2] % 2 == 1:
             doubled = doubled[:, :, 1:]
         return doubled
 
     def enlarge(self, x: Tensor) -> Tensor:
         """b c f h w -> b c f 2h 2w"""
-        return per_frame(self.conv, F.interpolate(x, scale_factor=(1.0, 2.0, 2.0)))
+        return per_frame(self.conv, repeat(x, time=1, space=2))
 
 
 class Block(nn.Module):
