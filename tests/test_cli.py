@@ -4,8 +4,6 @@ import io
 import json
 import os
 import shutil
-import stat
-import struct
 import sys
 import weakref
 from pathlib import Path
@@ -39,8 +37,6 @@ def empty_folder(tmp_path, monkeypatch):
     Image.new("L", (48, 32), 0).save(tmp_path / "media/black.png")
     write_video(NOISE, tmp_path / "media/clip.mp4")
     write_video(NOISE[:3], tmp_path / "media/short.gif")
-    (tmp_path / "media/empty.mp4").touch()
-    (tmp_path / "media/text.png").write_text("not a picture at all")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -111,24 +107,9 @@ def test_compile_compiles_each_block_of_the_transformer(monkeypatch):
     assert len(compiled) == 2
 
 
-def test_without_a_compiler_one_line_says_so(monkeypatch, capfd):
-    from torch._dynamo.exc import TorchDynamoException
-
-    def fail(block):
-        raise TorchDynamoException("no working C++ compiler\n\na page more")
-
-    monkeypatch.setattr(Block, "compile", fail)
-    said = refused(capfd, "x", "--model", str(TEXT), "--compile", "--out", "a.png")
-    assert "no working C++ compiler; leave out --compile" in said
-
-
 def test_several_prompts_and_seeds_make_a_video_each():
-    assert (
-        sample.main(
-            ["x", "y", "--model", str(TEXT), "--num-steps", "1", "--seed", "3", "4", "--out", "a.png"]
-        )
-        == 0
-    )
+    argv = ["x", "y", "--model", str(TEXT), *"--num-steps 1 --seed 3 4 --out a.png".split()]
+    assert sample.main(argv) == 0
     records = [json.loads(Path(f"a-{i}.json").read_text()) for i in (1, 2, 3, 4)]
     assert [(r["prompt"], r["seed"]) for r in records] == [("x", 3), ("x", 4), ("y", 3), ("y", 4)]
     pictures = [Path(f"a-{i}.png").read_bytes() for i in (1, 2, 3, 4)]
@@ -173,13 +154,6 @@ def test_the_record_makes_the_same_video_again(model, inputs):
     assert Path("b.mp4").read_bytes() == Path("a.mp4").read_bytes()
 
 
-def test_the_same_command_gives_the_same_bytes():
-    for name in ("a", "b"):
-        made("x", out=f"{name}.mp4", sampler="dpm-cog")
-    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
-    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
-
-
 def test_a_kill_while_decoding_loses_nothing(monkeypatch, capfd):
     made("x", out="whole.gif")
 
@@ -189,34 +163,13 @@ def test_a_kill_while_decoding_loses_nothing(monkeypatch, capfd):
 
     with monkeypatch.context() as patch:
         patch.setattr(sample, "write_video", kill)
-        assert (
-            sample.main(
-                ["x", f"--model={INPAINT}", *"--num-steps 2 --num-frames 5 --seed 1 --out a.gif".split()]
-            )
-            == 2
-        )
+        flags = "--num-steps 2 --num-frames 5 --seed 1 --out a.gif".split()
+        assert sample.main(["x", f"--model={INPAINT}", *flags]) == 2
     assert capfd.readouterr().err == "sample.py: error: interrupted\n"
     assert [p for p in sorted(os.listdir()) if p.startswith(("a", "."))] == ["a.safetensors"]
-    assert (
-        sample.main(["--from-latents", "a.safetensors", "--out", "b.gif"]) == 0
-    )  # the model is in the record
+    assert sample.main(["--from-latents", "a.safetensors", "--out", "b.gif"]) == 0
     assert Path("b.gif").read_bytes() == Path("whole.gif").read_bytes()
     assert json.loads(Path("b.json").read_text())["prompt"] == "x"
-
-
-def test_files_follow_the_umask():
-    before = os.umask(0o027)
-    try:
-        made("x", out="a.mp4")
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in Path().iterdir()} == {0o640}
-
-
-def test_names_that_are_no_unicode_can_be_read_and_written():
-    shutil.copy("../media/picture.png", "p\udcff.png")
-    made("x", image="p\udcff.png", out="a\udcff.mp4")
-    assert read_video("a\udcff.mp4").shape == (5, 32, 48, 3)
 
 
 # ---------------------------------------------------------------- sizes and clips
@@ -230,12 +183,6 @@ def test_sizes_follow_the_pictures_aspect_about_the_native_area(size, words, cap
     assert f"the input of {size[0]}x{size[1]} is made at {words}" in capfd.readouterr().out
 
 
-def test_with_both_sides_given_the_input_is_resized(capfd):
-    made("x", image="../media/picture.png", height=48, width=32, out="a.mp4")
-    assert read_video("a.mp4").shape == (5, 48, 32, 3)
-    assert "note" not in capfd.readouterr().out
-
-
 def test_clips_are_read_at_the_models_rate():
     """Frame i of a 30 fps clip has grey level 4i; at 8 fps that is every 3.75th frame."""
     grey = np.broadcast_to(4 * np.arange(60, dtype=np.uint8)[:, None, None, None], (60, 32, 48, 3))
@@ -244,9 +191,8 @@ def test_clips_are_read_at_the_models_rate():
     request = sample.complete(sample.Request("x", control_video="clip.mp4"), models)
     known = sample.read_inputs(request, models.config)
     levels = known.frames.mean((1, 2, 3)) / 4
-    assert (
-        len(levels) == 13 and np.abs(levels - 3.75 * np.arange(13)).max() < 1
-    )  # nearest frame, and mp4's loss
+    assert len(levels) == 13
+    assert np.abs(levels - 3.75 * np.arange(13)).max() < 1  # nearest frame, and mp4's loss
 
 
 def test_a_short_clip_decides_the_number_of_frames(capfd):
@@ -275,19 +221,15 @@ def test_the_start_and_the_end_say_what_is_made(capfd):
     assert not err
 
 
-def test_quiet_prints_nothing(capfd, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", screen := Screen())
-    made("x", "--quiet", out="a.mp4")
-    assert capfd.readouterr() == ("", "") and not screen.getvalue()
-
-
 class Screen(io.StringIO):
     def isatty(self):
         return True
 
 
-def test_a_terminal_sees_steps_and_seconds_left_of_each_stage(monkeypatch):
+def test_a_terminal_sees_steps_and_seconds_left_of_each_stage_unless_quiet(monkeypatch, capfd):
     monkeypatch.setattr(sys, "stderr", screen := Screen())
+    made("x", image="../media/picture.png", out="a.mp4", quiet="")
+    assert capfd.readouterr() == ("", "") and not screen.getvalue()
     made("x", image="../media/picture.png", out="a.mp4")
     for stage in ("denoise", "decode"):
         assert f"{stage}:   0%" in screen.getvalue() and "0/2 [00:00<?" in screen.getvalue()
@@ -298,16 +240,7 @@ def test_help_shows_every_flag_and_its_default(capfd):
         sample.main(["--help"])
     text = " ".join(capfd.readouterr().out.split())
     assert stop.value.code == 0
-    for words in (
-        "steps of the sampler (default 50)",
-        "default: the model's own, else 6",
-        "(default 0.0563)",
-        "(default 0 999)",
-        "(default 1.0)",
-        "default: checkpoints/tiny",
-        "default: outputs",
-    ):
-        assert words in text
+    assert "steps of the sampler (default 50)" in text and "default: the model's own, else 6" in text
     for name in sample.Request.__dataclass_fields__.keys() - {"prompt", "latents", "randn"}:
         assert "--" + name.replace("_", "-") in text
 
@@ -338,13 +271,6 @@ def test_a_local_folder_needs_no_hub(monkeypatch):
     made("x", out="a.png")
 
 
-def test_a_hub_id_without_a_network_is_one_line(capfd):
-    message = refused(capfd, "x", "--model", "someone/some-model")
-    assert message.startswith(
-        "--model someone/some-model: no such folder here, and the hub did not deliver it"
-    )
-
-
 def test_a_hub_id_fetches_only_what_is_read(monkeypatch):
     asked = {}
     monkeypatch.setattr(
@@ -364,12 +290,6 @@ def poison(folder, value=float("nan")):
     weights = load_file(path)
     weights[sorted(weights)[0]].fill_(value)
     save_file(weights, path, {"format": "pt"})
-
-
-def test_latents_that_are_not_finite_stop_with_step_and_dtype(tmp_path, capfd):
-    model = broken(INPAINT, tmp_path, lambda model: poison(model / "transformer"))
-    message = refused(capfd, "x", "--model", model, "--num-steps", "4")
-    assert "stopped being finite at step 1 (timestep 999) in float32; try dtype float32" in message
 
 
 def test_the_step_is_the_one_where_it_happens(monkeypatch, capfd):
@@ -400,45 +320,18 @@ PICTURE, CLIP = ["--image", "../media/picture.png"], ["--video", "../media/clip.
     "model, flags, words",
     [
         (TEXT, "--num-frames 48", ["num_frames=48", "4k+1", "49 (or 45)"]),
-        (INPAINT, "--num-frames 0", ["num_frames=0", "try 5 (or 1)"]),
         (CONTROL, "--control-video ../media/clip.mp4 --num-frames 17", ["the most is 13"]),
-        (ROPE, "--num-frames 99999999997", ["num_frames=99999999997", "the most is 16385"]),
         (TEXT, "--height 30", ["height=30", "multiples of 16", "try 32"]),
-        (TEXT, "--width 160000", ["width=160000", "up to 16384", "try 16384"]),
         (IMAGE, [*PICTURE, "--height", "48"], ["height=48", "learned positions", "height=32"]),
         (TEXT, PICTURE, ["16-channel text model takes no image", "33-channel"]),
-        (TEXT, "--control-video ../media/clip.mp4", ["takes no control_video", "32-channel control"]),
-        (TEXT, "--mask ../media/white.png", ["takes no mask"]),
-        (TEXT, "--strength 0.5", ["strength=0.5", "needs a video"]),
         (INPAINT, [*PICTURE, *CLIP], ["image and video contradict"]),
         (INPAINT, "--mask ../media/white.png", ["mask needs a video"]),
-        (INPAINT, [*PICTURE, "--end-image", *PICTURE[1:], "--mask", "m.png"], ["mask needs a video"]),
-        (INPAINT, [*PICTURE, *PICTURE[1:] * 5, "--num-frames", "5"], ["6 pictures", "num_frames=5"]),
         (INPAINT, [*CLIP, "--mask", "../media/black.png"], ["leaves nothing to generate"]),
         (INPAINT, [*CLIP, "--mask", "../media/short.gif"], ["short.gif has 3 frames, the clip 13"]),
-        (INPAINT, "--video ../media/short.gif --num-frames 9", ["3 frames", "num_frames=9"]),
-        (CONTROL, "", ["needs control_video"]),
-        (IMAGE, "", ["needs image"]),
-        (IMAGE, [*PICTURE, *PICTURE[1:]], ["takes one image, not 2"]),
-        (INPAINT, [*CLIP, "--strength", "0"], ["strength=0.0", "(0, 1]"]),
-        (INPAINT, [*CLIP, "--strength", "nan"], ["strength=nan"]),
         (INPAINT, [*CLIP, "--strength", "0.01", "--num-steps", "5"], ["leaves no step", "0.2"]),
-        (INPAINT, ["--image", "../media/gone.png"], ["gone.png does not exist"]),
-        (INPAINT, "--num-steps 0", ["num_steps=0", "1 … 1000"]),
-        (INPAINT, "--guidance-scale nan", ["guidance_scale=nan"]),
-        (INPAINT, "--guidance-interval 900 100", ["guidance_interval=900 100", "lower first"]),
-        (INPAINT, "--seed -1", ["seed=-1", "0 … 9223372036854775807"]),
-        (INPAINT, "--seed 1 2 --num-videos 2", ["--num-videos counts up from one --seed"]),
-        (INPAINT, "--fps 0", ["fps=0.0"]),
-        (INPAINT, "--sampler best", ["--sampler", "'best'", "ddim"]),
-        (INPAINT, "--device cuda:77", ["--device cuda:77", "try cpu"]),
-        (INPAINT, "--num-step 3", ["unrecognized arguments", "--num-step"]),
-        (INPAINT, "--out a.avi", ["--out a.avi", ".mp4, .gif or .png"]),
-        (INPAINT, "--out ../media/text.png/a.mp4", ["is the path right"]),
-        (INPAINT, ["--out", "n" * 250 + ".mp4"], ["too long"]),
+        (CONTROL, "", ["needs control_video"]),
         (INPAINT, [*CLIP, "--out", "../media/clip.mp4"], ["clip.mp4 is an input", "another name"]),
-        (INPAINT, "--from-latents a.safetensors", ["a prompt", "--from-latents FILE without one"]),
-        (GOLDENS, "", ["is not a checkpoint folder", "transformer"]),
+        (INPAINT, "--num-step 3", ["unrecognized arguments", "--num-step"]),
         ("gone", "", ["--model gone", "no such folder", "owner/name"]),
     ],
 )  # fmt: skip
@@ -455,21 +348,6 @@ def test_what_does_not_fit_is_cut_and_said(capfd):
     edit_keys = broken(V15, Path(".."), lambda model: edit(model / TRANSFORMER, surprise=1))
     made("x", model=edit_keys, out="b.mp4")
     assert "transformer/config.json has keys we do not know: surprise" in capfd.readouterr().out
-
-
-def test_a_prompt_is_needed(capfd):
-    assert "give a prompt" in refused(capfd, "--model", INPAINT)
-    assert "surrogates not allowed" in refused(capfd, "a\udcff", "--model", INPAINT)
-
-
-def test_a_small_file_that_claims_a_large_picture_is_refused(capfd):
-    """71 bytes that would take half a GB a frame, and 49 frames."""
-    pixel = b"\x21\xf9\x04\0\x0c\0\0\0\x2c\0\0\0\0\1\0\1\0\0\2\2\x44\1\0"
-    for side, what in ((9000, "too large"), (60000, "claims.gif")):
-        header = b"GIF89a" + struct.pack("<HH", side, side) + b"\x80\0\0\0\0\0\xff\xff\xff"
-        Path("claims.gif").write_bytes(header + pixel * 3 + b";")
-        assert what in refused(capfd, "x", "--model", INPAINT, "--video", "claims.gif")
-        assert what in refused(capfd, "x", "--model", INPAINT, "--image", "claims.gif")
 
 
 def test_memory_that_runs_out_is_one_line(capfd, monkeypatch):
@@ -490,13 +368,9 @@ TINY_VAE = dict(block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=
         (lambda m: T5Encoder(T5Config(**TINY_T5)).save_pretrained(m), ["text_embed_dim", "(32, 16)"]),
         (lambda m: VideoVAE(VAEConfig(**TINY_VAE)).save_pretrained(m), ["out_channels", "(16, 8)"]),
         (lambda m: edit(m / TRANSFORMER, in_channels=20), ["in_channels = 20", "16, 32 and 33"]),
-        (lambda m: edit(m / TRANSFORMER, patch_size=4), ["patch_size = 4 is not supported"]),
         (lambda m: edit(m / "text_encoder/config.json", num_layers=3), ["missing: encoder.block.2"]),
-        (lambda m: edit(m / "scheduler/scheduler_config.json", beta_start=2), ["beta_start"]),
         (lambda m: shutil.rmtree(m / "vae"), ["neither vae/ nor config.json"]),
-        (lambda m: (m / "vae/config.json").write_text("{"), ["vae/config.json is not readable JSON"]),
         (lambda m: (m / VAE).write_bytes(b"\xff" * 99), ["truncated"]),
-        (lambda m: (m / "tokenizer/spiece.model").write_bytes(b"x"), ["spiece.model is damaged"]),
     ],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_named_before_anything_is_loaded(change, words, tmp_path, capfd, monkeypatch):
@@ -505,21 +379,8 @@ def test_a_damaged_checkpoint_is_named_before_anything_is_loaded(change, words, 
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(
-    "tensors, record, words",
-    [
-        ({"latents": torch.zeros(1, 4, 2, 4, 6)}, "{}", ["(1, 4, 2, 4, 6)", "cannot decode"]),
-        ({"latents": torch.zeros(2, 16, 2, 4, 6)}, "{}", ["cannot decode"]),
-        ({"latents": torch.full((1, 16, 2, 4, 6), torch.inf)}, "{}", ["not finite"]),
-        ({"x": torch.zeros(1)}, "{}", ["no latents of ours"]),
-    ],
-)
-def test_latents_of_another_kind_are_refused(tensors, record, words, tmp_path, capfd):
-    save_file(tensors, tmp_path / "l.safetensors", {"record": record})
-    message = refused(capfd, "--from-latents", tmp_path / "l.safetensors", "--model", INPAINT)
-    assert all(word in message for word in words), message
-
-
-def test_from_latents_takes_no_flags_of_sampling(capfd):
-    message = refused(capfd, "--from-latents", "a.safetensors", "--num-steps", "3", "--image", "p.png")
-    assert "only decodes; image cannot change" in message
+@pytest.mark.parametrize("shape, value", [((1, 4, 2, 4, 6), 0.0), ((1, 16, 2, 4, 6), torch.inf)])
+def test_latents_of_another_kind_are_refused(shape, value, tmp_path, capfd):
+    words = "not finite" if value else "(1, 4, 2, 4, 6)"
+    save_file({"latents": torch.full(shape, value)}, tmp_path / "l.safetensors", {"record": "{}"})
+    assert words in refused(capfd, "--from-latents", tmp_path / "l.safetensors", "--model", INPAINT)

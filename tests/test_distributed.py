@@ -1,6 +1,6 @@
 """Two ranks (gloo, CPU) learn what one learns, their number may change, and in sampling they share work.
 
-This file is also what torchrun starts, so that two processes are started once for many runs."""
+This file is also what torchrun starts, so that two processes are started once for all runs."""
 
 import json
 import os
@@ -20,16 +20,16 @@ import train
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--model", str(GOLDENS / "fun-2b-inp"), *"--data shapes --num-val 2".split()]
-SMALL += "--resolutions 32 --max-tokens 12 --batch-size 2 --grad-accum 2 --num-previews 1".split()
+SMALL += "--resolutions 32 --max-tokens 12 --batch-size 2 --grad-accum 2 --num-previews 0".split()
 SMALL += "--preview-steps 1 --num-workers 1 --lr 1e-4 --dtype float32 --device cpu".split()
 SET = "--set num_shapes=24 warmup_steps=1 ema_decay=0.5 cached_draws=0 keep_on_device=false".split()
 SET += ["save_dtype=null"]
-KINDS = {"dit": [], "vae": ["--train", "vae"], "lora": ["--lora-rank", "2", *SET, "optimizer=adamw"]}
+KINDS = {"dit": ["--num-previews", "1"], "vae": ["--train", "vae", "--num-previews", "1"]}
+KINDS["lora"] = ["--lora-rank", "2", *SET, "optimizer=adamw"]
 KINDS["fun"] = ["--preset", "fun-2b", "--num-frames", "17"]  # AdamW with the reference's tiny eps
-KINDS["whole"] = [*SET, "replicate=true"]
 KINDS["blocks"] = ["--activation-checkpointing", *SET, "optimizer=adamw"]
 KINDS["offload"] = ["--offload"]
-KINDS["kept"] = [*SET, "cached_draws=1", "keep_on_device=true"]
+KINDS["whole"] = [*SET, "replicate=true", "cached_draws=1", "keep_on_device=true"]
 SAMPLES = {  # one video, which two ranks compute together
     "sincos": ["a", "--model", str(GOLDENS / "fun-2b-inp"), "--num-frames", "5", "--guidance-scale", "1"],
     "rotary": ["a", "--model", str(GOLDENS / "fun-5b-inp"), "--num-frames", "9"],
@@ -39,47 +39,36 @@ SAMPLES = {
     name: [*argv, *"--seed 1 --num-steps 2 --height 32 --width 48 --device cpu --quiet".split()]
     for name, argv in SAMPLES.items()
 }
-FIVE, TWO, RESUME = ["--num-steps", "5"], ["--num-steps", "2"], ["--num-steps", "5", "--resume"]
+SAMPLES["each"] = "a --seed 1 2 3 --num-steps 2 --num-frames 5 --height 32 --width 32 --device cpu".split()
+SAMPLES["each"] += ["--model", str(GOLDENS / "fun-2b-inp")]  # three videos, which two ranks share out
+WHOLE, PART, RESUME = ["--num-steps", "2"], ["--num-steps", "1"], ["--num-steps", "2", "--resume"]
+ENDLESS = "--num-steps 500 --save-every 1000 --val-every 1000".split()  # until a signal comes
 
 
-def torchrun(program: Path, *arguments: str, num_ranks: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, str(program), *arguments], env=environment, **pipes)
-
-
-def output(process: subprocess.Popen) -> str:
-    try:
-        return process.communicate(timeout=200)[0]
-    finally:
-        process.terminate()
+def train_argv(out: Path, options: list[str], kind: str = "dit") -> list[str]:
+    return [*SMALL, *SET, *KINDS[kind], *options, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """Folders of five steps each: one/KIND, two/KIND; two-one/dit, one-two/dit changed ranks after two.
+def two(tmp_path_factory) -> Path:
+    """What two ranks made: KIND after two steps, SAMPLE, stopped/, and what they said in said.txt.
 
-    Videos: one/SAMPLE, two/SAMPLE."""
-    top = tmp_path_factory.mktemp("runs")
-
-    def argv(name: str, kind: str, options: list[str]) -> list[str]:
-        return [*SMALL, *SET, *KINDS[kind], *options, "--out", str(top / name / kind)]
-
-    for kind in KINDS:
-        assert train.main(argv("one", kind, FIVE)) == 0
-    assert train.main(argv("one-two", "dit", TWO)) == 0
-    on_two = [argv("two", kind, FIVE) for kind in KINDS]
-    on_two += [argv("one-two", "dit", RESUME), argv("two-one", "dit", TWO)]
-    for name, options in SAMPLES.items():
-        assert sample.main([*options, "--out", str(top / "one" / name)]) == 0
-        on_two.append([*options, "--out", str(top / "two" / name)])
-    process = torchrun(Path(__file__), json.dumps(on_two))
-    said = output(process)
-    assert process.returncode == 0, said
-    assert said.count("step 5/5") == len(KINDS) + 1  # rank 0 alone speaks
-    assert said.count("ranks work together") == 2 * len(SAMPLES)
-    assert train.main(argv("two-one", "dit", RESUME)) == 0
+    two-one/ has one step and leaves the second to one rank; one-two/ had its first from one rank."""
+    top = tmp_path_factory.mktemp("two")
+    assert train.main(train_argv(top / "one-two", PART)) == 0
+    runs = [train_argv(top / kind, WHOLE, kind) for kind in KINDS]
+    runs += [train_argv(top / "one-two", RESUME), train_argv(top / "two-one", PART)]
+    runs += [[*argv, "--out", str(top / name)] for name, argv in SAMPLES.items()]
+    (top / "file").touch()
+    signalled, failing = train_argv(top / "stopped", ENDLESS), train_argv(top / "file" / "out", PART)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    command += map(json.dumps, (runs, signalled, failing))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, env=environment, timeout=200, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode != 0 and done.stdout.count("only an error is left") == 2, done.stdout
+    (top / "said.txt").write_text(done.stdout)
     return top
 
 
@@ -88,22 +77,33 @@ def entries(out: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_learn_what_one_learns(runs, kind):
-    assert_same_run(runs / "one" / kind, runs / "two" / kind)
+def test_two_ranks_learn_what_one_learns(two, one_dit, tmp_path, kind):
+    if kind != "dit":
+        assert train.main(train_argv(tmp_path, WHOLE, kind)) == 0
+    assert_same_run(one_dit if kind == "dit" else tmp_path, two / kind)
 
 
-@pytest.mark.parametrize("way", ["one-two", "two-one"])
-def test_a_run_goes_on_with_another_number_of_ranks(runs, way):
-    assert_same_run(runs / "one" / "dit", runs / way / "dit")
+@pytest.fixture(scope="module")
+def one_dit(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    assert train.main(train_argv(out, WHOLE)) == 0
+    return out
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(two, one_dit):
+    assert_same_run(one_dit, two / "one-two")
+    assert train.main(train_argv(two / "two-one", RESUME)) == 0
+    assert_same_run(one_dit, two / "two-one")
 
 
 def assert_same_run(one: Path, two: Path) -> None:
     """Losses and gradient norms within 1e-5 of their size, all weights, moments and EMA within 1e-5."""
-    for name, count in (("loss", 5), ("grad_norm", 5), ("psnr" if one.name == "vae" else "val_loss", 2)):
+    validated = "psnr" if two.name == "vae" else "val_loss"
+    for name, steps in (("loss", (1, 2)), ("grad_norm", (1, 2)), (validated, (0, 2))):
         found = [{e["step"]: e[name] for e in entries(out) if name in e} for out in (one, two)]
-        ours, theirs = ({step: x for step, x in steps.items() if count == 5 or step != 2} for steps in found)
-        assert len(ours) == count and theirs == pytest.approx(ours, rel=1e-5), name  # at 2 some stopped
-    files = sorted((one / "checkpoints" / "step-000005").rglob("*.safetensors"))
+        ours, theirs = ([by_step[step] for step in steps] for by_step in found)
+        assert theirs == pytest.approx(ours, rel=1e-5), name
+    files = sorted((one / "checkpoints" / "step-000002").rglob("*.safetensors"))
     assert len(files) > 3
     for file in files:
         ours, theirs = load_file(file), load_file(two / file.relative_to(one))
@@ -118,55 +118,37 @@ def test_micro_batches_that_cannot_be_dealt_are_refused(tmp_path, monkeypatch, c
         train.make_config(train.parse([*SMALL, "--out", str(tmp_path)]))
 
 
-def test_a_signal_to_one_rank_stops_both_behind_the_same_step(tmp_path):
-    often = ["--num-steps", "500", "--save-every", "1000", "--val-every", "1000"]
-    process = torchrun(ROOT / "train.py", *SMALL, *SET, *often, "--out", str(tmp_path))
-    while "step 2/" not in process.stdout.readline():
-        assert process.poll() is None
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    [rank_1] = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(int(rank_1), signal.SIGTERM)
-    said = output(process)
-    assert "\nstopped: " in said
-    newest, last = train.checkpoint.newest_checkpoint(tmp_path), entries(tmp_path)[-1]["step"]
+def test_a_signal_to_one_rank_stops_both_behind_the_same_step(two):
+    newest, last = train.checkpoint.newest_checkpoint(two / "stopped"), entries(two / "stopped")[-1]["step"]
     assert newest.name == f"step-{last:06d}" and last < 500
     assert json.loads((newest / "training/state.json").read_text())["counters"]["total_steps"] == last
 
 
-def test_an_error_on_one_rank_ends_all_and_is_said_once(tmp_path):
-    (tmp_path / "file").touch()
-    process = torchrun(ROOT / "train.py", *SMALL, *SET, *TWO, "--out", str(tmp_path / "file" / "out"))
-    said = output(process)  # rank 0 cannot make the folder, for which rank 1 waits
-    assert process.returncode != 0
+def test_rank_0_alone_speaks_and_an_error_of_it_ends_both(two):
+    """It cannot make the folder, for which rank 1 waits."""
+    said = (two / "said.txt").read_text()
+    assert said.count("step 2/2") == len(KINDS) + 1
     assert said.count("train.py: error: ") == 1 and "Not a directory" in said
     assert 'train.py", line' not in said  # a traceback
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_two_ranks_make_one_video_together(runs, name):
-    one, two = ({path.suffix: path for path in (runs / ranks / name).iterdir()} for ranks in ("one", "two"))
-    assert one.keys() == two.keys() == {".mp4", ".json"} | (set() if name == "long" else {".safetensors"})
-    ours, theirs = (media.read_video(paths[".mp4"]).astype(int) for paths in (one, two))
-    assert ours.shape == theirs.shape and abs(ours - theirs).max() <= 2  # of 255, in a file that loses some
-    if name != "long":
-        ours, theirs = (load_file(paths[".safetensors"])["latents"] for paths in (one, two))
+def test_two_ranks_make_what_one_makes(two, tmp_path, name):
+    """The same files; latents within 1e-5, and of 255 a frame by 2, in a file that loses some."""
+    assert sample.main([*SAMPLES[name], "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(p.name for p in (two / name).iterdir())
+    videos, latents = list(tmp_path.glob("*.mp4")), list(tmp_path.glob("*.safetensors"))
+    assert (len(videos), len(latents)) == {"each": (3, 3), "long": (1, 0)}.get(name, (1, 1))
+    for path in videos:
+        ours, theirs = (media.read_video(folder / path.name).astype(int) for folder in (tmp_path, two / name))
+        assert ours.shape == theirs.shape and abs(ours - theirs).max() <= 2
+    for path in latents:
+        ours, theirs = (load_file(folder / path.name)["latents"] for folder in (tmp_path, two / name))
         assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_ranks_share_prompts_and_seeds(tmp_path):
-    """The same files as one process writes, each made once."""
-    options = ["a", "b", "--model", str(GOLDENS / "fun-2b-inp"), "--device", "cpu", "--seed", "1", "2"]
-    options += "--num-steps 2 --num-frames 5 --height 32 --width 32".split()
-    assert sample.main([*options, "--out", str(tmp_path / "one")]) == 0
-    process = torchrun(ROOT / "sample.py", *options, "--out", str(tmp_path / "three"), num_ranks=3)
-    said = output(process)
-    assert process.returncode == 0, said
-    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("one", "three")]
-    assert names[0] == names[1] and len(names[0]) == 12  # .mp4, .json, .safetensors of four
-    for i in range(1, 5):
-        files = [tmp_path / name / f"{i:04d}.safetensors" for name in ("one", "three")]
-        ours, theirs = (load_file(file)["latents"] for file in files)
-        assert (ours - theirs).abs().max() < 1e-5
+def test_ranks_that_make_one_video_have_half_of_its_tokens_each(two):
+    assert (two / "said.txt").read_text().count("ranks work together") == 2 * (len(SAMPLES) - 1)
 
 
 def divide_and_watch(dit) -> None:
@@ -182,8 +164,19 @@ def divide_and_watch(dit) -> None:
     print("ranks work together")
 
 
+def signal_rank_1(*args) -> float:
+    if train.RANK == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return learning_rate(*args)
+
+
 if __name__ == "__main__":
     divide_tokens, parallel.divide_tokens = parallel.divide_tokens, divide_and_watch
-    for argv in json.loads(sys.argv[1]):
+    runs, signalled, failing = map(json.loads, sys.argv[1:])
+    for argv in runs:
         program = train if argv[: len(SMALL)] == SMALL else sample
         assert program.main(argv) == 0
+    learning_rate, train.learning_rate = train.learning_rate, signal_rank_1  # called in every step
+    assert train.main(signalled) == 128 + signal.SIGTERM
+    print("only an error is left", flush=True)
+    sys.exit(train.main(failing))

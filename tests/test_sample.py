@@ -312,44 +312,13 @@ def test_v15_takes_pairs_of_latent_frames():
     assert native_size(config)[2] == 85
 
 
-@pytest.mark.parametrize(
-    "variant, settings, message",
-    [
-        ("fun-2b-inp", {"num_frames": 48}, "4k"),
-        ("fun-2b-inp", {"num_frames": 17}, "the most is 13"),
-        ("fun-2b-inp", {"height": 40}, "multiples of 16"),
-        ("fun-2b-inp", {"strength": 0.0}, "strength"),
-        ("fun-2b-inp", {"strength": 0.5}, "needs a video"),
-        ("fun-2b-inp", {"mask": np.zeros((32, 48), np.uint8)}, "mask needs"),
-        ("fun-2b-inp", {"control_video": np.zeros((5, 32, 48, 3), np.uint8)}, "takes no control_video"),
-        ("fun-2b-inp", {"video": np.zeros((5, 32, 48, 3), np.uint8), "num_frames": 9}, "fewer than"),
-        ("fun-2b-inp", {"image": str(ASSETS / "start.png"), "num_frames": 1}, "leaves nothing"),
-        ("fun-2b-inp", {"sampler": "pndm"}, "choose from"),
-        ("fun-2b-inp", {"latents": torch.zeros(1, 16, 1, 2, 2)}, "do not fit"),
-        ("cogvideox-2b-t2v", {"image": str(ASSETS / "start.png")}, "takes no image"),
-        ("cogvideox-5b-i2v", {}, "needs image"),
-        ("fun-2b-control", {}, "needs control_video"),
-    ],
-)
-def test_what_cannot_be_done_is_said_in_one_sentence(variant, settings, message):
-    with pytest.raises((ValueError, OSError), match=message) as caught:
-        generate(load_models(GOLDENS / variant), "x", **settings)
-    assert "\n" not in str(caught.value)
-
-
-def test_latents_that_are_not_finite_stop_the_run():
-    with pytest.raises(ValueError, match="step 1 .*float32"):
-        run_2b(latents=torch.full((1, 16, 2, 4, 6), float("nan")))
-
-
 def test_networks_given_in_memory_are_used_and_kept():
     models = load_models(GOLDENS / "fun-2b-inp", keep=True)
     generate(models, "a cat", num_steps=1, num_frames=1, seed=0)
     first = dict(models.loaded)
     generate(models, "a cat", num_steps=1, num_frames=1, seed=0)
-    assert set(first) == {"text_encoder", "vae", "transformer"} and all(
-        models.loaded[k] is first[k] for k in first
-    )
+    assert set(first) == {"text_encoder", "vae", "transformer"}
+    assert all(models.loaded[name] is first[name] for name in first)
 
 
 def test_sampling_leaves_training_possible():
@@ -437,19 +406,7 @@ def test_a_segment_fades_in_over_the_frames_it_shares():
 
 
 def test_the_command_line_makes_long_videos_of_inpaint_models_only(tmp_path, capsys):
-    options = [
-        "a cat",
-        "--num-steps",
-        "1",
-        "--height",
-        "32",
-        "--width",
-        "32",
-        "--num-frames",
-        "25",
-        "--seed",
-        "1",
-    ]
+    options = ["a cat", *"--num-steps 1 --height 32 --width 32 --num-frames 25 --seed 1".split()]
     out = tmp_path / "long.mp4"
     assert sample.main([*options, "--model", str(GOLDENS / "fun-2b-inp"), "--out", str(out)]) == 0
     assert len(sample.read_video(out, 100)) == 25
