@@ -10,6 +10,7 @@ import collections
 import csv
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -61,6 +62,14 @@ class Record:
     read_control: Reader | None = None
     content: tuple[Path | str, ...] = ()  # files and words that decide what is read, see cache.py
     scene: object = None  # of a drawn clip: many are drawn at once where they are needed, by shapes.draw
+
+
+class Files(NamedTuple):
+    """What a run learns from."""
+
+    records: list[Record]
+    held_out: list[Record]  # for validation and previews
+    failures: dict[str, str] = {}  # what is wrong with those that cannot be opened, by path
 
 
 class Entry(NamedTuple):
@@ -279,6 +288,45 @@ def open_records(entries: list[Entry], fps: float = 8) -> tuple[list[Record], di
     return records, dict(sorted(failures.items()))
 
 
+def open_files(path: str, held_out_path: str | None, num_held_out: int, fps: float) -> Files:
+    """The samples of a metadata file or folder; held out are those of another one, or every tenth, at most
+    num_held_out of them."""
+    records, failures = open_records(read_metadata(path), fps)
+    if held_out_path:
+        held_out, more = open_records(read_metadata(held_out_path), fps)
+        return Files(records, held_out[:num_held_out], failures | more)
+    chosen = set(range(9, len(records), 10)[:num_held_out]) or {len(records) - 1}
+    held_out = [record for i, record in enumerate(records) if i in chosen]
+    return Files([r for i, r in enumerate(records) if i not in chosen] or held_out, held_out, failures)
+
+
+def draw_files(num_samples: int, num_held_out: int, num_frames: int, seed: int) -> Files:
+    """The drawn world of shapes.py: half of the samples square, a quarter each 2:3 and 3:2. A third are
+    pictures, which show colours and shapes at less cost than clips. Held out are the combinations of
+    `shapes.is_held_out`."""
+    import shapes  # here and below, so that shapes.py can be deleted
+
+    num_pictures = num_samples // 3
+    sizes = [(128, 128), (104, 156), (128, 128), (156, 104)]
+    clips = shapes.records(num_samples - num_pictures, seed, sizes=sizes, num_frames=num_frames)
+    clips += shapes.records(num_pictures, seed + 1, sizes=sizes, num_frames=1)
+    unseen = shapes.records(num_held_out, seed + 2, True, sizes, num_frames)
+    return Files(*([shape_record(clip, i) for i, clip in enumerate(part)] for part in (clips, unseen)))
+
+
+def shape_record(clip, number: int = 0) -> Record:
+    """A `shapes.Clip`, which is drawn where it is needed."""
+    return Record(
+        name=f"shape {number}: {clip.scene.caption()}",
+        caption=clip.scene.caption,
+        num_frames=clip.num_frames,
+        size=clip.size,
+        read=clip.read,
+        content=(Path(inspect.getfile(type(clip))), repr(clip)),
+        scene=clip.scene,
+    )
+
+
 def digest(records: list[Record]) -> str:
     """What a list of samples is, wherever its files lie and however the way to them is spelled.
 
@@ -447,6 +495,19 @@ class Epochs:
                 todo += self.micros(epoch)
             yield todo[:size]
             todo = todo[size:]
+
+
+VALIDATION = -1  # the epoch of held-out samples, so that they never share a draw with training
+
+
+def held_out_micros(records: list[Record], plan: Plan, seed: int) -> list[Micro]:
+    """A micro-batch for each held-out sample, of the same crop, mask and noise each time."""
+    micros = []
+    for index, record in enumerate(records):
+        key = (seed, VALIDATION, index)
+        bucket = choose_bucket(record, plan, generator(*key, "resolution"))
+        micros.append(Micro(bucket, [index], [key], VALIDATION, index))
+    return micros
 
 
 def bucket_table(micros: list[Micro], plan: Plan) -> str:

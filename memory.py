@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 import sample
+from presets import Config, Phase
+from runtime import NUM_RANKS
 from transformer import VideoTransformer
 
 # Bytes for each token and unit of width: kept of every block, and more while one is at work. Found by adding
@@ -93,3 +95,43 @@ def gib_used(device: torch.device) -> float:
 
 def in_gib(parts: dict[str, int]) -> str:
     return ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items() if size)
+
+
+def describe(
+    dit: VideoTransformer,
+    models: sample.Models,
+    config: Config,
+    phases: tuple[Phase, ...],
+    is_offloaded: bool,
+) -> str:
+    """What the steps of some phases will hold and what is free, before any of it is taken."""
+    tokens = max(phase.max_tokens for phase in phases) // (dit.config.patch_size_t or 1)
+    t5_learns = any(phase.train_text for phase in phases)
+    parts = step_bytes(
+        dit,
+        config.batch_size * config.noises_per_clip * (tokens + dit.config.max_text_seq_length),
+        models.dtype,
+        num_moments=1 if config.optimizer == "muon" else 2,
+        has_ema=config.ema_decay > 0,
+        num_parts=1 if config.replicate else NUM_RANKS,
+        num_beside=models.num_parameters["text_encoder"] * t5_learns,
+    )
+    is_cached = config.cached_draws > 0
+    side = max(size for phase in phases for size in phase.resolutions)
+    encoding = encoding_bytes(models, config.batch_size, side, is_cached)
+    if t5_learns:
+        encoding["T5"] = 0  # it is counted already
+    total = sum(parts.values())
+    if not is_cached:  # a clip is encoded before, not while, the transformer is at work
+        total += encoding["T5"] + max(0, encoding["VAE"] - parts["activations"])
+    free = free_bytes(models.device)
+    text = f"memory: about {total / 2**30:.3g} GiB ({in_gib(parts)}"
+    text += ", all but the last in the host's memory" if is_offloaded else ""
+    text += f"); to encode, {'before the first step' if is_cached else 'in each step'}, {in_gib(encoding)}"
+    if free is None:
+        return text
+    text += f"; free {free / 2**30:.3g} GiB"
+    if total > free and not is_offloaded:
+        text += "\nnote: that is more than is free. --activation-checkpointing, --cache-latents, --lora-rank "
+        text += "and a smaller --max-tokens or --batch-size take less; --offload moves most to the host"
+    return text

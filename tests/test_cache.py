@@ -17,11 +17,13 @@ from test_train import run as run_small
 import cache
 import data
 import train
+import train_dit
 from cache import DeviceCache, DiskCache
 from data import Epochs, Micro, Plan, load_sample, read_metadata
 from media import write_video
 from sizes import Bucket
 from text_encoder import T5Encoder
+from vae import VideoVAE
 
 OPTIONS = ["--batch-size", 2, "--grad-accum", 1, "--num-steps", 4, "--val-every", 2, "--num-workers", 2]
 
@@ -56,19 +58,19 @@ def files(folder: Path) -> dict[Path, tuple]:
     return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*.safetensors")}
 
 
-def task_and_records(clips: Path, model: Path = INPAINT, *options: str) -> tuple[train.Denoising, list]:
+def task_and_records(clips: Path, model: Path = INPAINT, *options: str) -> tuple[train_dit.Denoising, list]:
     argv = ["--model", str(model), "--cache-latents", "unused", *options]
     config = train.make_config(train.parse(argv))
-    task = train.Denoising(config, model, torch.device("cpu"), torch.float32)
+    task = train_dit.Denoising(config, model, torch.device("cpu"), torch.float32)
     task.begin(config.phases[2])
     return task, data.open_records(read_metadata(clips), config.fps)[0]
 
 
-def cache_for(task: train.Denoising, records: list, folder: Path | None, plan: Plan = PLAN):
+def cache_for(task: train_dit.Denoising, records: list, folder: Path | None, plan: Plan = PLAN):
     """As in a run; folder: None for the device."""
     loader = data.Loader(records, num_workers=2, say=lambda line: None)
     digests = cache.content_digests(records)
-    return train.make_cache(task.config, folder, digests, task, loader, plan)
+    return train_dit.make_cache(task.config, folder, digests, task, loader, plan)
 
 
 def micros_of(records: list, num_epochs: int = 2, num_draws: int = 2) -> list[Micro]:
@@ -90,7 +92,7 @@ def test_a_full_cache_gives_the_same_run_and_asks_the_networks_for_nothing(
     assert run(tmp_path / "filling", *options, model=model) == 0
     assert "\n4 samples encoded" in capsys.readouterr().out
     before = files(folder)
-    for network in (train.VideoVAE, train.T5Encoder):
+    for network in (VideoVAE, T5Encoder):
         monkeypatch.setattr(network, "from_pretrained", None)
     assert run(tmp_path / "full", *options, model=model) == 0
     assert "\n0 samples encoded" in capsys.readouterr().out
@@ -99,14 +101,14 @@ def test_a_full_cache_gives_the_same_run_and_asks_the_networks_for_nothing(
 
 
 def test_the_networks_are_let_go_before_the_first_step(tmp_path, clips, monkeypatch):
-    losses, loaded = train.Denoising.losses, []
+    losses, loaded = train_dit.Denoising.losses, []
 
     def watched(self, batch, micro):
-        if micro.epoch != train.VALIDATION:
+        if micro.epoch != data.VALIDATION:
             loaded.append({"vae", "t5"} & vars(self.encoders).keys())
         return losses(self, batch, micro)
 
-    monkeypatch.setattr(train.Denoising, "losses", watched)
+    monkeypatch.setattr(train_dit.Denoising, "losses", watched)
     assert run(tmp_path / "out", "--data", clips, "--cache-latents", tmp_path / "cache", *OPTIONS) == 0
     assert loaded and not any(loaded)
 
@@ -292,7 +294,7 @@ def test_a_posterior_is_sampled_anew_in_every_epoch(tmp_path, clips, monkeypatch
         seen.append((latents, noise, condition))
         return torch.zeros(len(latents))
 
-    monkeypatch.setattr(train, "denoising_losses", watched)
+    monkeypatch.setattr(train_dit, "denoising_losses", watched)
     timesteps = torch.full((len(micros[0].keys),), 500)
     for epoch in (1, 5, 5):
         task.losses(batch, Micro(micros[0].bucket, [], [], epoch, 0, timesteps))

@@ -13,8 +13,12 @@ import torch
 from conftest import GOLDENS, assert_close, expected
 from safetensors.torch import load_file
 
+import data
+import presets
 import shapes
+import sharding
 import train
+import train_dit
 import train_vae
 from checkpoint import newest_checkpoint
 from data import Micro, Plan, Record, Sample, load_sample, pixels_of
@@ -23,14 +27,8 @@ from lora import load_lora
 from media import write_video
 from sizes import Bucket
 from text_encoder import T5Encoder
-from train import (
-    denoising_losses,
-    learning_rate,
-    main,
-    make_config,
-    parse,
-    stratified_timesteps,
-)
+from train import learning_rate, main, make_config, parse, stratified_timesteps
+from train_dit import denoising_losses
 from transformer import VideoTransformer
 from vae import VideoVAE
 
@@ -44,7 +42,7 @@ TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def argv(*options, model: Path = INPAINT, **fields) -> list[str]:
-    """fields: of train.Config, for --set"""
+    """fields: of presets.Config, for --set"""
     changes = [f"{name}={value}" for name, value in (FIELDS | fields).items()]
     return [*SMALL, "--model", str(model), "--set", *changes, *map(str, options)]
 
@@ -60,14 +58,14 @@ def entries(out: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
-def config_of(*options, model: Path = INPAINT, **fields) -> train.Config:
+def config_of(*options, model: Path = INPAINT, **fields) -> presets.Config:
     return make_config(parse(argv(*options, model=model, **fields)))
 
 
-def task_for(model: Path, dtype: torch.dtype = torch.float32, **fields) -> train.Denoising:
+def task_for(model: Path, dtype: torch.dtype = torch.float32, **fields) -> train_dit.Denoising:
     """At the start of its first phase, with a text encoder that learns."""
-    task = train.Denoising(config_of(model=model, **fields), model, torch.device("cpu"), dtype)
-    train.place(task.dit, torch.device("cpu"), dtype, replicate=False, offload=False)
+    task = train_dit.Denoising(config_of(model=model, **fields), model, torch.device("cpu"), dtype)
+    sharding.place(task.dit, torch.device("cpu"), dtype, replicate=False, offload=False)
     task.begin(task.config.phases[0])
     return task
 
@@ -77,7 +75,7 @@ def drawn(num: int = 3, **plan) -> tuple[list[Sample], Micro]:
     bucket, plan = Bucket(5, 32, 32), Plan((32,), 8, 8, **plan)
     keys = [(0, 0, index) for index in range(num)]
     clips = shapes.records(num, seed=0)
-    samples = [load_sample(train.shape_record(c, "clip"), bucket, key, plan) for c, key in zip(clips, keys)]
+    samples = [load_sample(data.shape_record(c), bucket, key, plan) for c, key in zip(clips, keys)]
     return samples, Micro(bucket, list(range(num)), keys, epoch=0, number=0)
 
 
@@ -181,8 +179,8 @@ def test_the_ranks_and_the_order_of_micro_batches_do_not_change_a_step(tmp_path,
     options = ["--max-tokens", 4, "--batch-size", 1, "--grad-accum", 4, "--num-steps", 3]
     options += ["--data", clips, "--val-data", clips]
     assert run(tmp_path / "forwards", *options) == 0
-    steps = train.Epochs.steps
-    monkeypatch.setattr(train.Epochs, "steps", lambda *args: (micros[::-1] for micros in steps(*args)))
+    steps = data.Epochs.steps
+    monkeypatch.setattr(data.Epochs, "steps", lambda *args: (micros[::-1] for micros in steps(*args)))
     monkeypatch.setattr(train.Counters, "advance", advance_as_if_forwards)
     timesteps = stratified_timesteps
     monkeypatch.setattr(train, "stratified_timesteps", lambda *args: timesteps(*args).flip(0))
@@ -215,8 +213,8 @@ def test_samples_of_uneven_micro_batches_count_alike(tmp_path, monkeypatch):
         weight = next(self.dit.parameters()).sum()  # so that there is a gradient, of zero
         return 0 * weight + torch.tensor([float(index) for index in micro.indices])
 
-    monkeypatch.setattr(train.Denoising, "losses", index_of_each_sample)
-    monkeypatch.setattr(train.Denoising, "validate", lambda *_: {"val_loss": 1.0})
+    monkeypatch.setattr(train_dit.Denoising, "losses", index_of_each_sample)
+    monkeypatch.setattr(train_dit.Denoising, "validate", lambda *_: {"val_loss": 1.0})
     options = ["--batch-size", 3, "--grad-accum", 3, "--num-steps", 1]
     clips = one_shape(tmp_path)
     assert run(tmp_path / "out", *options, "--data", clips, "--val-data", clips) == 0
@@ -265,7 +263,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(whole, half):
     assert not list((half / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("moment", ["checkpoint.save_weights", "train.draw_curve", "checkpoint.publish"])
+@pytest.mark.parametrize("moment", ["checkpoint.save_weights", "log.draw_curve", "checkpoint.publish"])
 def test_a_kill_leaves_the_last_checkpoint_to_resume_from(whole, half, moment, monkeypatch):
     """In a save, before it and after it."""
 
@@ -359,8 +357,8 @@ def test_other_settings_are_not_resumed_but_those_of_an_older_version_are(half, 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train, "denoising_losses", lambda *args: denoising_losses(*args) * float("nan"))
-    monkeypatch.setattr(train.Denoising, "validate", lambda *_: {"val_loss": 1.0})
+    monkeypatch.setattr(train_dit, "denoising_losses", lambda *args: denoising_losses(*args) * float("nan"))
+    monkeypatch.setattr(train_dit.Denoising, "validate", lambda *_: {"val_loss": 1.0})
     clips = one_shape(tmp_path)
     assert run(tmp_path / "out", "--num-steps", 2, "--data", clips, "--phase", 2) == 2
     message = capsys.readouterr().err
@@ -410,7 +408,7 @@ def test_a_transformer_learns_one_clip_and_its_folder_samples(tmp_path):
     assert run(tmp_path / "out", *options, noises_per_clip=4) == 0
     losses = [line["val_loss"] for line in entries(tmp_path / "out") if "val_loss" in line]
     assert len(losses) == 2 and losses[-1] < 0.67 * losses[0]
-    assert all(f"val_loss_{t}" in entries(tmp_path / "out")[-1] for t in train.BANDS)
+    assert all(f"val_loss_{t}" in entries(tmp_path / "out")[-1] for t in train_dit.BANDS)
     for name in ("previews/step-000025-0.gif", "previews/step-000025-0.png", "loss.png", "model_index.json"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     frames = train.sample.generate(
@@ -502,10 +500,10 @@ def test_a_lora_file_says_what_the_run_validated(tmp_path):
     task = task_for(INPAINT)
     load_lora(task.dit, tmp_path / "lora.safetensors")
     task.begin(task.config.phases[2])  # LoRA learns beside a fixed text encoder
-    _, records, _ = train.open_data("shapes", None, 2, task.config)
+    records = data.draw_files(20, 2, 5, seed=0).held_out
     plan = task.plan(task.config.phases[0])
     held_out = []
-    for micro in train.held_out_micros(records, plan, 0):
+    for micro in data.held_out_micros(records, plan, 0):
         record = records[micro.indices[0]]
         held_out.append((task.encode([load_sample(record, micro.bucket, micro.keys[0], plan)]), micro))
     first, *_, last = (line["val_loss"] for line in entries(tmp_path) if "val_loss" in line)
@@ -517,7 +515,7 @@ def test_a_transformer_from_scratch_fits_the_text_encoder_it_is_given(tmp_path):
     assert run(tmp_path, "--from-scratch", "--num-steps", 1, **{"dit.num_layers": 1}) == 0
     dit = VideoTransformer.from_pretrained(tmp_path).config
     assert dit.text_embed_dim == T5Encoder.from_pretrained(INPAINT).config.d_model
-    assert dit.num_layers == 1 and dit.time_embed_dim == train.TINY.dit.time_embed_dim
+    assert dit.num_layers == 1 and dit.time_embed_dim == presets.TINY.dit.time_embed_dim
 
 
 # ---------------------------------------------------------------- models by channels
@@ -603,26 +601,26 @@ def test_an_image_model_learns_resumes_to_the_byte_and_loads_in_diffusers(tmp_pa
 def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkeypatch, model):
     """But for the noise and the drop: the picture's latents, scaled alike, before zeros. CogVideoX1.5 has a
     copy of the first latent frame in front of the clip, and the picture beside it."""
-    monkeypatch.setattr(train, "draw_noise_sigma", lambda _: 0.0)
-    monkeypatch.setattr(train, "PICTURE_DROP", 0.0)
-    monkeypatch.setattr(train.Denoising, "normal", lambda self, shape, _: torch.zeros(tuple(shape)))
+    monkeypatch.setattr(train_dit, "draw_noise_sigma", lambda _: 0.0)
+    monkeypatch.setattr(train_dit, "PICTURE_DROP", 0.0)
+    monkeypatch.setattr(train_dit.Denoising, "normal", lambda self, shape, _: torch.zeros(tuple(shape)))
     given = []
 
     def watched(dit, schedule, latents, noise, timesteps, text, condition, motion):
         given.extend([latents, condition])
         return torch.zeros(len(latents))
 
-    monkeypatch.setattr(train, "denoising_losses", watched)
+    monkeypatch.setattr(train_dit, "denoising_losses", watched)
     task = task_for(model)
     plan = Plan((32,), 100, 100)
     [clip] = shapes.records(1, seed=0)
     bucket = Bucket(9, 32, 48)
-    one = load_sample(train.shape_record(clip, "clip"), bucket, (0, 0, 0), plan)
+    one = load_sample(data.shape_record(clip), bucket, (0, 0, 0), plan)
     task.losses(task.encode([one]), Micro(bucket, [0], [(0, 0, 0)], 0, 0, torch.tensor([500])))
     latents, condition = given
 
     models = train.sample.load_models(model)
-    picture = train.to_uint8(pixels_of([one], torch.device("cpu"))[0])[0]
+    picture = train_dit.to_uint8(pixels_of([one], torch.device("cpu"))[0])[0]
     request = train.sample.Request("a", image=picture, num_frames=9, height=32, width=48)
     known = train.sample.read_inputs(request, models.config)
     shown, _ = train.sample.encode_known(models, request, known, torch.zeros)
@@ -662,9 +660,9 @@ def test_a_budget_pays_for_the_copied_frame_of_cogvideox15():
     for budget, num_frames in ((22, 81), (21, 73), (13, 41), (2, 1), (1, 1)):
         phase = replace(task.config.phases[1], resolutions=(32,), max_tokens=4 * budget)
         plan = replace(task.plan(phase), max_frames=81)
-        bucket = train.data.bucket_at(replace(long_record(), size=(32, 32)), plan, 32)
+        bucket = data.bucket_at(replace(long_record(), size=(32, 32)), plan, 32)
         assert bucket == (num_frames, 32, 32)
-        assert train.data.tokens_of(bucket, plan) <= 4 * budget
+        assert data.tokens_of(bucket, plan) <= 4 * budget
 
 
 def long_record() -> Record:
@@ -674,7 +672,7 @@ def long_record() -> Record:
 def test_learned_positions_fix_the_size_of_clips():
     task = task_for(IMAGE)
     plan = task.plan(task.config.phases[1])
-    assert train.data.bucket_at(long_record(), plan, 512)[1:] == (32, 48)
+    assert data.bucket_at(long_record(), plan, 512)[1:] == (32, 48)
 
 
 def test_files_are_read_at_the_models_own_rate():
@@ -705,25 +703,25 @@ def test_motion_can_be_a_share_of_the_loss():
 
 
 def test_presets_hold_the_reports_phases():
-    phases = train.PRESETS["fun-2b"]["dit"].phases
+    phases = presets.PRESETS["fun-2b"]["dit"].phases
     assert [phase.max_tokens for phase in phases] == [13312, 29952, 53248]
     assert [phase.global_batch for phase in phases] == [128, 256, 128]
     assert [phase.num_steps for phase in phases] == [7000, 6500, 5000]
     assert [phase.resolutions[0] for phase in phases] == [512, 768, 1024]
     assert all(size % 128 == 0 for phase in phases for size in phase.resolutions)
     assert {phase.resolutions[-1] for phase in phases} == {1280}
-    assert [phase.max_tokens for phase in train.TINY.phases] == [80, 80, 180, 320]
+    assert [phase.max_tokens for phase in presets.TINY.phases] == [80, 80, 180, 320]
 
 
 def test_half_the_clips_of_a_small_data_set_are_not_held_out(tmp_path):
     """Of eight files one is held out; a single file is trained on and looked at."""
-    records, held_out, failures = train.open_data(str(one_shape(tmp_path)), None, 16, config_of())
+    records, held_out, failures = data.open_files(str(one_shape(tmp_path)), None, 16, fps=8)
     assert len(records) == 7 and len(held_out) == 1 and not failures
     assert held_out[0].name not in [record.name for record in records]
 
 
 def test_shapes_on_trial_are_the_held_out_combinations():
-    records, held_out, _ = train.open_data("shapes", None, 30, config_of())
+    records, held_out, _ = data.draw_files(20, 30, 5, seed=0)
     assert len(records) == 20 and len(held_out) == 30
     seen = {record.caption(17) for record in records}
     assert not seen & {record.caption(17) for record in held_out}
@@ -752,7 +750,7 @@ def test_the_tiny_transformer_asks_for_its_vae_first(tmp_path, monkeypatch, caps
 
 def test_the_preset_knows_how_many_words_the_drawn_world_has():
     """By heart, since shapes.py may be deleted."""
-    assert train.TINY.t5.vocab_size == shapes.make_tokenizer().get_vocab_size()
+    assert presets.TINY.t5.vocab_size == shapes.make_tokenizer().get_vocab_size()
 
 
 def test_a_log_that_cannot_be_written_is_named_in_one_line(tmp_path, monkeypatch, capsys):
