@@ -171,10 +171,10 @@ def save(run: Run, keep: int, task, optim: Optim, is_lora: bool) -> None:
     out, at = run.out, run.at
     at.log_bytes = (out / "log.jsonl").stat().st_size if RANK == 0 else 0
     state = {"version": STATE_VERSION, "counters": dataclasses.asdict(at), "settings": run.settings}
-    place = contextlib.nullcontext()
+    target = contextlib.nullcontext()
     if RANK == 0:
-        place = checkpoint.new_checkpoint(out, at.total_steps, keep)
-    with place as folder:
+        target = checkpoint.new_checkpoint(out, at.total_steps, keep)
+    with target as folder:
         training = gather(optim.state(with_ema=is_lora))  # written first: of one rank it is no copy
         if RANK == 0:
             checkpoint.save_weights(training, folder / "training", "state")
@@ -558,7 +558,7 @@ def check_records(records: list[Record], kind: str) -> None:
             raise ValueError(f"an image-to-video model learns from clips alone; remove {record.name}")
 
 
-def run(argv: list[str] | None, signals: list[int]) -> bool:
+def run_command(argv: list[str] | None, signals: list[int]) -> bool:
     """The command line; returns whether a signal ended it."""
     options = parse(argv)
     config = make_config(options)
@@ -609,7 +609,7 @@ def main(argv: list[str] | None = None) -> int:
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     store = runtime.join_ranks()
     try:
-        stopped = run(argv, signals)
+        stopped = run_command(argv, signals)
         return 128 + (signals or [signal.SIGTERM])[0] if stopped else 0
     except (Exception, KeyboardInterrupt) as error:
         if store and store.add("failed", 1) > 1:

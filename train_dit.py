@@ -247,8 +247,20 @@ class Denoising:
             condition = None if condition is None else condition.repeat_interleave(repeats, 0)
         noise = self.normal(latents.shape, draws)
         inputs = latents, noise, timesteps, text, condition
+        dit = self.dit if torch.is_grad_enabled() else self.in_turn
         with self.autocast():
-            return denoising_losses(self.dit, self.schedule, *inputs, self.config.motion_sub_loss)
+            return denoising_losses(dit, self.schedule, *inputs, self.config.motion_sub_loss)
+
+    def in_turn(self, noisy: Tensor, timesteps: Tensor, text: Tensor, condition: Tensor | None) -> Tensor:
+        """The transformer's velocities; large clips one by one, as the bands of validation take more memory
+        together than a step does."""
+        size = len(noisy) if noisy[0, 0].numel() <= 4 * sample.SMALL_TOKENS else 1
+        velocities = []
+        for i in range(0, len(noisy), size):
+            rows = slice(i, i + size)
+            told = None if condition is None else condition[rows]
+            velocities.append(self.dit(noisy[rows], timesteps[rows], text[rows], told))
+        return torch.cat(velocities)
 
     def condition(self, batch: Batch, num_frames: int, draws: torch.Generator) -> Tensor | None:
         """What the model is shown beside num_frames noisy latent frames: b c f' h' w', fp32."""

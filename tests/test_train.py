@@ -141,6 +141,25 @@ def test_noise_is_a_function_of_the_micro_batch_alone():
     assert losses[0] != losses[2] != losses[3]
 
 
+@pytest.mark.parametrize("model", [INPAINT, PLAIN])
+def test_the_bands_of_a_large_clip_are_validated_in_turn(monkeypatch, model):
+    """To the same losses: 1e-5 of about 1 is the rounding of other sums."""
+    task = task_for(model)
+    samples, micro = drawn(1)
+    held_out = [(task.encode(samples), micro)]
+    together = task.validate(held_out)
+    seen, forward = [], VideoTransformer.forward
+
+    def watched(self, noisy, *inputs, **more):
+        seen.append(len(noisy))
+        return forward(self, noisy, *inputs, **more)
+
+    monkeypatch.setattr(VideoTransformer, "forward", watched)
+    monkeypatch.setattr(train_dit.sample, "SMALL_TOKENS", 1)
+    assert task.validate(held_out) == pytest.approx(together, rel=1e-5)
+    assert seen == [1] * 5
+
+
 def test_several_noises_of_one_clip_share_its_condition():
     task = task_for(INPAINT, noises_per_clip=3)
     samples, micro = drawn(2)
@@ -307,6 +326,23 @@ def test_a_signal_saves_and_stops(whole, half, monkeypatch):
         assert run(half, "--num-steps", 6, "--resume") == 128 + signal.SIGTERM
     assert newest_checkpoint(half).name == "step-000004"
     assert_goes_on_as(whole, half)
+
+
+def test_what_a_run_leaves_can_be_rounded_and_its_checkpoint_goes_on_from_all_digits(tmp_path):
+    """All networks in OUT, for --set save_dtype; not the checkpoint, nor the files of --model."""
+    before = {path: path.read_bytes() for path in INPAINT.rglob("*.safetensors")}
+    assert run(tmp_path, "--num-steps", 1, save_dtype="bfloat16") == 0
+    kept = tmp_path / "checkpoints" / "step-000001"
+    for name in (TRANSFORMER, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        rounded, whole = load_file(tmp_path / name), load_file(kept / name)
+        assert all(torch.equal(tensor, whole[key].bfloat16()) for key, tensor in rounded.items())
+    assert run(tmp_path, "--num-steps", 2, "--resume", save_dtype="bfloat16") == 0
+    assert run(tmp_path / "whole", "--num-steps", 2) == 0
+    assert (
+        load_file(tmp_path / "whole" / TRANSFORMER)["proj_out.weight"].bfloat16().tolist()
+        == load_file(tmp_path / TRANSFORMER)["proj_out.weight"].tolist()
+    )
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_only_the_last_checkpoints_stay(tmp_path):
