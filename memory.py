@@ -93,8 +93,12 @@ def gib_used(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
 
 
-def in_gib(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items() if size)
+def as_size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.3g} MiB"
+
+
+def listed(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {as_size(size)}" for name, size in parts.items() if size)
 
 
 def describe(
@@ -125,12 +129,12 @@ def describe(
     if not is_cached:  # a clip is encoded before, not while, the transformer is at work
         total += encoding["T5"] + max(0, encoding["VAE"] - parts["activations"])
     free = free_bytes(models.device)
-    text = f"memory: about {total / 2**30:.3g} GiB ({in_gib(parts)}"
+    text = f"memory: about {as_size(total)} ({listed(parts)}"
     text += ", all but the last in the host's memory" if is_offloaded else ""
-    text += f"); to encode, {'before the first step' if is_cached else 'in each step'}, {in_gib(encoding)}"
+    text += f"); to encode, {'before the first step' if is_cached else 'in each step'}, {listed(encoding)}"
     if free is None:
         return text
-    text += f"; free {free / 2**30:.3g} GiB"
+    text += f"; free {as_size(free)}"
     if total > free and not is_offloaded:
         text += "\nnote: that is more than is free. --activation-checkpointing, --cache-latents, --lora-rank "
         text += "and a smaller --max-tokens or --batch-size take less; --offload moves most to the host"

@@ -13,7 +13,7 @@ from conftest import GOLDENS
 from test_train import INPAINT, task_for
 
 import train
-from memory import step_bytes
+from memory import describe, step_bytes
 from optim import Optim
 from transformer import TransformerConfig, VideoTransformer
 
@@ -60,8 +60,8 @@ def test_a_process_takes_what_the_start_says(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     small, large = (int(peak) / 2**20 for peak in re.findall(r"VmHWM:\s+(\d+) kB", done.stdout))
-    said = [float(number) for number in re.findall(r"memory: about (\S+) GiB", done.stdout)]
-    assert large - small == pytest.approx(said[1], rel=0.05)
+    [said] = re.findall(r"memory: about (\S+) GiB", done.stdout)  # of the other one it is MiB
+    assert large - small == pytest.approx(float(said), rel=0.05)
 
 
 @pytest.mark.parametrize("fields", [{"lora_rank": 2}, {}, {"ema_decay": 0}])
@@ -79,3 +79,13 @@ def test_what_learns_and_what_does_not_is_counted_to_the_byte(fields):
     assert parts["gradients"] == gradients
     assert parts["moments"] == sum(moment.nbytes for moment in moments)
     assert parts["EMA"] == sum(average.nbytes for average in optim.ema.values())
+
+
+def test_a_run_for_which_there_is_no_room_says_so_before_it_begins(monkeypatch):
+    task = task_for(INPAINT)
+    models = train.sample.load_models(INPAINT)
+    phases = task.config.phases[1:]
+    assert "more than is free" not in describe(task.dit, models, task.config, phases, False)
+    monkeypatch.setattr("memory.free_bytes", lambda _: 1000)
+    assert "more than is free" in describe(task.dit, models, task.config, phases, False)
+    assert "all but the last in the host's memory" in describe(task.dit, models, task.config, phases, True)
