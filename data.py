@@ -118,15 +118,16 @@ def open_files(path: str, held_out_path: str | None, num_held_out: int, fps: flo
 
 
 def draw_files(num_samples: int, num_held_out: int, num_frames: int, seed: int) -> Files:
-    """The drawn world of shapes.py: half of the samples square, a quarter each 2:3 and 3:2. A third are
-    pictures, which show colours and shapes at less cost than clips. Held out are the combinations of
-    `shapes.is_held_out`."""
+    """The drawn world of shapes.py. Of ten clips four are square, two each 2:3 and 3:2, one each 1:2 and 2:1.
+    A sixth of the samples are pictures, square, as each shape would be micro-batches of its own, and nearly
+    empty ones. Held out are the combinations of `shapes.is_held_out`."""
     import shapes  # here and below, so that shapes.py can be deleted
 
-    num_pictures = num_samples // 3
-    sizes = [(128, 128), (104, 156), (128, 128), (156, 104)]
+    num_pictures = num_samples // 6
+    sizes = [(128, 128), (104, 156), (128, 128), (156, 104), (90, 180)]
+    sizes += [(128, 128), (104, 156), (128, 128), (156, 104), (180, 90)]
     clips = shapes.records(num_samples - num_pictures, seed, sizes=sizes, num_frames=num_frames)
-    clips += shapes.records(num_pictures, seed + 1, sizes=sizes, num_frames=1)
+    clips += shapes.records(num_pictures, seed + 1, sizes=sizes[:1], num_frames=1)
     unseen = shapes.records(num_held_out, seed + 2, True, sizes, num_frames)
     return Files(*([shape_record(clip, i) for i, clip in enumerate(part)] for part in (clips, unseen)))
 

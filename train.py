@@ -315,10 +315,10 @@ def train(task, config: Config, options: argparse.Namespace, run: Run, feed: Fee
             is_last = at.total_steps == num_steps or at.step == 0  # of the run, or of the phase
             if is_last or at.total_steps % options.val_every == 0:
                 validate(task, optim, feed, log, at.total_steps)
-            if is_last or at.total_steps % options.preview_every == 0:
-                preview(task, optim, feed, out / "previews" / f"step-{at.total_steps:06d}", options)
             if is_last or stop or at.total_steps % options.save_every == 0:
                 save(run, options.keep, task, optim, config.lora_rank is not None)
+            if is_last or at.total_steps % options.preview_every == 0:
+                preview(task, optim, feed, out / "previews" / f"step-{at.total_steps:06d}", options)
             if is_last or stop:
                 break
         feed.batches.close()

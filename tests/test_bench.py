@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 WHERE = {"dtype": torch.float32, "device": torch.device("cpu")}
 ARGUMENTS = ["--rounds", "1", "--device", "cpu", "--threads", "1"]
-SMALL = replace(bench.SIZES["tiny"], dit_clips=[(64, 64, 9)])
+SMALL = replace(bench.SIZES["tiny"], vae_clips=[(32, 32, 9)], dit_clips=[(32, 32, 9)])
 
 
 def rows_of(capsys) -> list[list[str]]:
@@ -19,16 +19,16 @@ def rows_of(capsys) -> list[list[str]]:
 
 
 def test_networks_of_ours_and_theirs_do_the_same_work(capsys):
-    assert bench.main([*ARGUMENTS, "--rows", "dit", "t5", "--clips", "64x64x9"]) == 0
+    assert bench.main([*ARGUMENTS, "--rows", "dit", "t5", "--clips", "32x32x9"]) == 0
     rows = rows_of(capsys)
-    work = [f"{kind} {what} 64x64x9" for kind in SMALL.dits for what in ("guided step", "forward + backward")]
+    work = [f"{kind} {what} 32x32x9" for kind in SMALL.dits for what in ("guided step", "forward + backward")]
     work.append("T5, two prompts")
     assert [row[:2] for row in rows] == [[name, way] for name in work for way in ("peer", "ours")]
     assert all(float(row[2]) > 0 and float(row[4]) > 0 for row in rows)
 
 
 def test_pipelines_of_ours_and_theirs_do_the_same_work(capsys):
-    assert bench.main([*ARGUMENTS, "--rows", "sampling", "--clips", "64x64x5"]) == 0
+    assert bench.main([*ARGUMENTS, "--rows", "sampling", "--clips", "32x32x5"]) == 0
     assert [row[1] for row in rows_of(capsys)] == ["peer", "ours"]
 
 
@@ -36,16 +36,15 @@ def test_pipelines_of_ours_and_theirs_do_the_same_work(capsys):
 def test_all_ways_of_a_vae_agree():
     ways = bench.parse([]).ways  # with vae_fast.py, where it is
     cases = list(bench.vae_cases(SMALL, ways, WHERE))
-    assert [case.name.split()[1] for case in cases] == ["encode", "decode"] * 2
+    assert [case.name.split()[1] for case in cases] == ["encode", "decode"]
     for case in cases:
         first, *others = [run() for run in case.ways.values()]
         assert all(bench.difference(other, first) < 1e-5 for other in others)
 
 
-@pytest.mark.parametrize("factor", [1.01, float("nan")])
-def test_another_result_fails_the_run(factor, monkeypatch, capsys):
+def test_another_result_fails_the_run(monkeypatch, capsys):
     right = bench.T5Encoder.forward
-    monkeypatch.setattr(bench.T5Encoder, "forward", lambda self, ids: factor * right(self, ids))
+    monkeypatch.setattr(bench.T5Encoder, "forward", lambda self, ids: 1.01 * right(self, ids))
     assert bench.main([*ARGUMENTS, "--rows", "t5"]) == 1
     assert "TOO LARGE" in capsys.readouterr().err
 

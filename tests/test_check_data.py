@@ -1,10 +1,7 @@
 """check_data.py on real files: it loses what training loses, and names what is odd."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,35 +38,18 @@ def write_metadata(folder: Path, *names: str, **more: str) -> Path:
 def test_a_good_data_set_is_reported_file_by_file_with_its_buckets(tmp_path, capsys):
     encode(tmp_path / "a.mp4", num_frames=30, fps=15)
     Image.fromarray(colourful()[0]).save(tmp_path / "b.png")
-    height, width = colourful().shape[1:3]
     meta = write_metadata(tmp_path, "a.mp4", "b.png")
     status, text, _ = check(capsys, meta, *SMALL, "--fps", 7.5)
     assert status == 0 and text.endswith("samples: 2, lost: 0, odd: 0, mistakes: 0\n")
     assert f"{tmp_path / 'a.mp4'}: 30 frames at 15 fps, 32x48, for 9x32x32, 9x32x64\n" in text
-    assert f"{tmp_path / 'b.png'}: 1 frame, {height}x{width}, for 1x32x32" in text
     status, text, _ = check(capsys, meta, *SMALL, "--fps", 7.5, "--json")
-    report = json.loads(text)
-    assert status == 0 and (report["samples"], report["lost"], report["mistakes"]) == (2, 0, [])
-    clip, picture = report["files"]
+    clip, picture = json.loads(text)["files"]
     assert (clip["frames"], clip["fps"], clip["size"], clip["odd"]) == (30, 15, [32, 48], [])
-    assert (picture["frames"], picture["fps"], picture["size"]) == (1, None, [height, width])
     plan = data.Plan((32, 48), 24, 24, 9)
     for file, num_frames in ((clip, 15), (picture, 1)):
-        drawn = {
-            data.choose_bucket(record(num_frames, *file["size"]), plan, generator(0, 0, i, "resolution"))
-            for i in range(30)
-        }
+        sample = record(num_frames, *file["size"])
+        drawn = {data.choose_bucket(sample, plan, generator(0, 0, i, "resolution")) for i in range(30)}
         assert sorted(map(tuple, file["buckets"])) == sorted(drawn)  # what training draws
-
-
-def test_the_check_has_the_plan_of_the_first_phase(tmp_path, capsys):
-    grey = np.random.default_rng(0).integers(0, 255, (1024, 1024, 3), np.uint8)
-    Image.fromarray(grey).save(tmp_path / "a.png")
-    status, text, _ = check(capsys, write_metadata(tmp_path, "a.png"))
-    assert status == 0 and "for 1x512x512, 1x640x640, 1x768x768, 1x896x896, 1x1024x1024\n" in text
-    plan = data.Plan(tuple(range(512, 1025, 128)), 13312, 13312, 49)
-    frames = [data.bucket_at(record(100, 1024, 1024), plan, size).num_frames for size in plan.resolutions]
-    assert frames == [49, 29, 21, 13, 9]
 
 
 def test_what_training_would_lose_is_found_by_decoding(tmp_path, capsys):
@@ -85,11 +65,7 @@ def test_what_training_would_lose_is_found_by_decoding(tmp_path, capsys):
     status, text, _ = check(capsys, write_metadata(tmp_path, *names), *SMALL, "--json")
     files = {Path(file["file"]).name: file for file in json.loads(text)["files"]}
     assert status == 1 and json.loads(text)["lost"] == 3 and files["good.mp4"]["lost"] == ""
-    reasons = {
-        "torn.mp4": "damaged",
-        "short.mp4": "",
-        "grows.ts": "changes its size",
-    }
+    reasons = {"torn.mp4": "damaged", "short.mp4": "", "grows.ts": "changes its size"}
     for name, reason in reasons.items():
         assert name in files[name]["lost"] and reason in files[name]["lost"], files[name]
     status, text, _ = check(capsys, tmp_path / "meta.json", *SMALL)
@@ -167,16 +143,6 @@ def test_flat_is_what_has_one_colour_whatever_its_grey(tmp_path, capsys):
     assert [file["odd"] for file in files] == [["one flat colour"], []] * 2
 
 
-def test_a_report_that_is_cut_short_by_its_reader_is_no_error(tmp_path):
-    Image.fromarray(colourful()[0]).save(tmp_path / "a.png")
-    command = [sys.executable, data.__file__, "check", str(write_metadata(tmp_path, "a.png")), "--json"]
-    reader, writer = os.pipe()
-    os.close(reader)
-    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert (process.returncode, process.stderr.count("Error")) == (0, 0), process.stderr
-
-
 def test_control_clips_are_checked_as_well(tmp_path, capsys):
     encode(tmp_path / "a.mp4", num_frames=40, fps=8)
     media.write_video(np.zeros((40, 32, 48, 3), np.uint8), tmp_path / "c.mp4", fps=8)
@@ -185,32 +151,3 @@ def test_control_clips_are_checked_as_well(tmp_path, capsys):
     damage(tmp_path / "c.mp4", 0, 1)
     status, text, _ = check(capsys, meta, *SMALL)
     assert status == 1 and f"LOST: {tmp_path / 'c.mp4'} is empty, damaged" in text
-
-
-def test_mistakes_in_the_list_are_reported_beside_what_can_be_decoded(tmp_path, capsys):
-    encode(tmp_path / "a.mp4", num_frames=40, fps=8)
-    (tmp_path / "b.png").write_bytes(b"")  # without a caption: training refuses such a folder
-    (tmp_path / "a.txt").write_text("words")
-    status, text, _ = check(capsys, tmp_path, *SMALL)
-    assert (
-        status == 1 and "b.png: its caption b.txt is missing" in text and "a.mp4: 40 frames at 8 fps" in text
-    )
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["nowhere.json"], "nowhere.json does not exist"),
-        ([".", "--num-frames", 48], "--num-frames 48; the VAE needs 4k+1"),
-        ([".", "--resolutions", 100], "--resolutions 100 is not a multiple of 16"),
-        ([".", "--max-tokens", 0], "--max-tokens 0 is below 1"),
-        ([".", "--fps", 0], "--fps 0 outside"),
-        ([".", "--frames", 9], "unrecognized arguments: --frames"),
-        ([], "required: META"),
-        (["."], "cannot be used: it lists no samples"),
-    ],
-)
-def test_misuse_of_the_check_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
-    monkeypatch.chdir(tmp_path)
-    status, out, errors = check(capsys, *argv)
-    assert status == 2 and out == "" and message in errors and errors.count("\n") == 1

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
-import struct
 from dataclasses import dataclass, field
 
 import pytest
@@ -118,10 +116,7 @@ def test_a_key_may_go_by_its_alias(tmp_path):
     [
         (lambda s: s.pop("a.bias"), "missing: a.bias"),
         (lambda s: s.update(c=torch.zeros(1)), "unexpected: c"),
-        (
-            lambda s: s.update({"a.bias": torch.zeros(5)}),
-            r"mis-shaped: a.bias is \[5\], the config asks for \[4\]",
-        ),
+        (lambda s: s.update({"a.bias": torch.zeros(5)}), r"mis-shaped: a.bias is \[5\], .* for \[4\]"),
         (lambda s: s.update({"a.bias": torch.zeros(4, dtype=torch.int8)}), "a.bias is I8"),
     ],
 )
@@ -135,36 +130,12 @@ def test_weights_that_do_not_match_stop_the_load_by_name(tmp_path, change, messa
         load_net(tmp_path)
 
 
-def test_only_the_first_few_of_many_keys_are_named(tmp_path):
+@pytest.mark.parametrize("change", [lambda content: content[:-4], lambda content: b"\xff" * 64])
+def test_a_damaged_file_is_noticed(tmp_path, change):
     save_net(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
-    save_file(load_file(path) | {f"x{i}": torch.zeros(1) for i in range(9)}, path)
-    with pytest.raises(ValueError, match="unexpected: x0, x1, x2 and 6 more"):
-        load_net(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "truncated or not a safetensors"),
-        (b"\xff" * 64, "truncated or not a safetensors"),
-        (struct.pack("<Q", 2**60) + b"{}", "truncated or not a safetensors"),
-        (struct.pack("<Q", 2) + b"[]", "truncated or not a safetensors"),
-        (b"PK\x03\x04" + bytes(100), "truncated or not a safetensors"),
-    ],
-)
-def test_damaged_weights_are_one_sentence(tmp_path, content, message):
-    save_net(tmp_path)
-    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        load_net(tmp_path)
-
-
-def test_a_truncated_file_is_noticed(tmp_path):
-    save_net(tmp_path)
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="truncated"):
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match="truncated or not a safetensors"):
         load_net(tmp_path)
 
 
@@ -178,32 +149,15 @@ def test_pickles_are_named_and_never_opened(tmp_path):
 def test_an_index_that_lies_is_refused(tmp_path):
     save_component(Net(Config()), tmp_path, max_shard_bytes=70)
     [index] = tmp_path.glob("*.index.json")
-    good = json.loads(index.read_text())
+    names = json.loads(index.read_text())["weight_map"]
     for bad, message in [
-        ({"weight_map": {"a.weight": "../secret.safetensors"}}, "points outside"),
-        ({"weight_map": {"a.weight": "gone.safetensors"}}, "lacks gone.safetensors"),
-        ({"weight_map": [1]}, "no usable weight_map"),
-        (
-            {"weight_map": good["weight_map"] | {"a.bias": good["weight_map"]["a.weight"]}},
-            "does not contain tensor a.bias",
-        ),
+        ({"a.weight": "../secret.safetensors"}, "points outside"),
+        ({"a.weight": "gone.safetensors"}, "lacks gone.safetensors"),
+        (names | {"a.bias": names["a.weight"]}, "does not contain tensor a.bias"),
     ]:
-        index.write_text(json.dumps(bad))
+        index.write_text(json.dumps({"weight_map": bad}))
         with pytest.raises((ValueError, OSError), match=message):
             load_net(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("", "not readable JSON"),
-        ("[1]", "not a JSON object"),
-    ],
-)  # fmt: skip
-def test_a_damaged_config_is_one_sentence(tmp_path, text, message):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_config(Config, tmp_path / "config.json")
 
 
 def test_a_config_takes_ints_for_floats_null_for_optional_and_keeps_the_unknown(tmp_path):
@@ -220,10 +174,6 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         VideoVAE.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="neither vae/ nor config.json"):
-        VideoVAE.from_pretrained(tmp_path)
-    shutil.copytree(GOLDENS / "fun-5b-inp/vae", tmp_path / "vae")
-    (tmp_path / "vae/config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
         VideoVAE.from_pretrained(tmp_path)
 
 
@@ -279,8 +229,3 @@ def test_of_several_variants_the_one_without_a_name_is_taken(tmp_path):
     put("model-00001-of-00001.safetensors")
     index("model.safetensors.index.json", "model-00001-of-00001.safetensors")
     assert weight_files(tmp_path)["a"].name == "model-00001-of-00001.safetensors"
-
-
-def test_a_variant_alone_is_taken(tmp_path):
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.fp16.safetensors")
-    assert weight_files(tmp_path) == {"a": tmp_path / "model.fp16.safetensors"}

@@ -118,11 +118,6 @@ def test_several_prompts_and_seeds_make_a_video_each():
     assert Path("b.png").read_bytes() == pictures[3], "the same alone as among others"
 
 
-def test_num_videos_counts_seeds_up():
-    made("x", out="a.png", **{"num-videos": 3, "seed": 5})
-    assert [json.loads(Path(f"a-{i}.json").read_text())["seed"] for i in (1, 2, 3)] == [5, 6, 7]
-
-
 def test_without_a_seed_it_is_drawn_and_recorded():
     made("x", out="a.png", seed=None)
     made("x", out="b.png", seed=None)
@@ -175,14 +170,6 @@ def test_a_kill_while_decoding_loses_nothing(monkeypatch, capfd):
 # ---------------------------------------------------------------- sizes and clips
 
 
-@pytest.mark.parametrize("size, words", [((96, 32), "64x16"), ((200, 300), "32x48"), ((480, 320), "48x32")])
-def test_sizes_follow_the_pictures_aspect_about_the_native_area(size, words, capfd):
-    Image.new("RGB", size).save("p.png")
-    made("x", image="p.png", out="a.mp4")
-    assert read_video("a.mp4").shape[2:0:-1] == tuple(map(int, words.split("x")))
-    assert f"the input of {size[0]}x{size[1]} is made at {words}" in capfd.readouterr().out
-
-
 def test_clips_are_read_at_the_models_rate():
     """Frame i of a 30 fps clip has grey level 4i; at 8 fps that is every 3.75th frame."""
     grey = np.broadcast_to(4 * np.arange(60, dtype=np.uint8)[:, None, None, None], (60, 32, 48, 3))
@@ -212,10 +199,7 @@ def test_the_start_and_the_end_say_what_is_made(capfd):
         "fun-2b-inp: inpaint, 33 channels",
         "1 of 48x32, 5 frames -> 2 latent frames -> 12 tokens",
         "ddim, 2 steps, strength 1, guidance 6",
-        "cpu, float32",
         "memory   about text",
-        "a.mp4\n",
-        "denoise",
     ):
         assert words in out
     assert not err
@@ -235,16 +219,6 @@ def test_a_terminal_sees_steps_and_seconds_left_of_each_stage_unless_quiet(monke
         assert f"{stage}:   0%" in screen.getvalue() and "0/2 [00:00<?" in screen.getvalue()
 
 
-def test_help_shows_every_flag_and_its_default(capfd):
-    with pytest.raises(SystemExit) as stop:
-        sample.main(["--help"])
-    text = " ".join(capfd.readouterr().out.split())
-    assert stop.value.code == 0
-    assert "steps of the sampler (default 50)" in text and "default: the model's own, else 6" in text
-    for name in sample.Request.__dataclass_fields__.keys() - {"prompt", "latents", "randn"}:
-        assert "--" + name.replace("_", "-") in text
-
-
 def test_each_network_is_gone_before_the_next_is_loaded(monkeypatch):
     load, alive = sample.Models._load, {}
 
@@ -257,18 +231,6 @@ def test_each_network_is_gone_before_the_next_is_loaded(monkeypatch):
     monkeypatch.setattr(sample.Models, "_load", watch)
     made("x", image="../media/picture.png", out="a.mp4")
     assert alive.keys() == {"text_encoder", "vae", "transformer"}
-
-
-def test_a_network_that_was_put_in_place_stays():
-    models = sample.load_models(INPAINT)
-    models.loaded["transformer"] = dit = VideoTransformer.from_pretrained(INPAINT)
-    sample.generate(models, "x", num_frames=1, num_steps=1)
-    assert models.loaded == {"transformer": dit}
-
-
-def test_a_local_folder_needs_no_hub(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it raises
-    made("x", out="a.png")
 
 
 def test_a_hub_id_fetches_only_what_is_read(monkeypatch):

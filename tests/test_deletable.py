@@ -17,15 +17,6 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 DELETABLE = ["lora", "cache", "parallel", "shapes", "train_vae", "check_data", "vae_fast", "stepcache"]
 
 
-def python(folder: Path, *command: str | Path) -> str:
-    """What a program in `folder` prints; it has to succeed."""
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, env=ONE_THREAD
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> Path:
     """A copy of the product without any of them, nor tools/, and two pictures to train on."""
@@ -40,32 +31,19 @@ def bare(tmp_path_factory) -> Path:
     return folder
 
 
-def test_sampling_needs_none_of_them(bare):
-    settings = ["--num-steps", "1", "--num-frames", "5", "--height", "32", "--width", "32", "--device", "cpu"]
-    python(
-        bare, "sample.py", "a red circle", "--model", GOLDENS / "fun-2b-inp", *settings, "--out", "clip.gif"
+def test_sampling_and_training_need_none_of_them(bare):
+    model = ["--model", str(GOLDENS / "fun-2b-inp"), "--device", "cpu", "--num-steps", "1"]
+    clip = [*"red --num-frames 5 --height 32 --width 32 --out clip.gif".split(), *model]
+    sizes = "--resolutions 32 --max-tokens 4 --num-frames 1 --batch-size 1 --grad-accum 1".split()
+    run = "--data pictures --out run --num-val 1 --num-previews 0 --dtype float32".split()
+    fields = ["--set", "cached_draws=0", "keep_on_device=false"]  # tiny needs cache.py
+    programs = f"import sample, train; sample.main({clip}); train.main({[*model, *sizes, *run, *fields]})"
+    done = subprocess.run(
+        [sys.executable, "-c", programs], cwd=bare, capture_output=True, text=True, env=ONE_THREAD
     )
-    with Image.open(bare / "clip.gif") as clip:
-        assert clip.n_frames == 5 and np.asarray(clip.convert("RGB")).shape == (32, 32, 3)
-
-
-def test_training_needs_none_of_them(bare):
-    sizes = ["--resolutions", "32", "--max-tokens", "4", "--num-frames", "1", "--batch-size", "1"]
-    steps = [
-        "--num-steps",
-        "1",
-        "--num-val",
-        "1",
-        "--num-previews",
-        "0",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
-    start = ["--model", GOLDENS / "fun-2b-inp", "--data", "pictures", "--out", "run"]
-    start += ["--grad-accum", "1", "--set", "cached_draws=0", "keep_on_device=false"]  # tiny needs cache.py
-    python(bare, "train.py", *start, *sizes, *steps)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    with Image.open(bare / "clip.gif") as gif:
+        assert gif.n_frames == 5 and np.asarray(gif.convert("RGB")).shape == (32, 32, 3)
     [checkpoint] = (bare / "run" / "checkpoints").iterdir()
     assert (checkpoint / "transformer" / "diffusion_pytorch_model.safetensors").exists()
 

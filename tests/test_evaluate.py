@@ -1,6 +1,7 @@
 """tools/evaluate.py: drawn clips get full marks, spoilt ones do not; a stopped run goes on."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import evaluate
@@ -53,10 +54,11 @@ def test_a_recolored_clip_is_judged_by_its_new_color_and_its_old_path(monkeypatc
     assert not (verdict["color"] or verdict["path"] or verdict["all"])
 
 
-def test_a_stopped_evaluation_goes_on_and_another_model_is_refused(tmp_path, capsys):
-    model = evaluate.sample.TINY
+def test_a_stopped_evaluation_goes_on_and_another_model_is_refused(tmp_path, capsys, monkeypatch):
+    here = lambda workers, processes, **begin: ThreadPoolExecutor(1, **begin)  # noqa: E731
+    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", here)  # which would import torch anew
     out = tmp_path / "evaluation"
-    run = [str(model), "--num-steps", "1", "--out", str(out), "--workers", "1", "--device", "cpu"]
+    run = [str(evaluate.sample.TINY), "--num-steps", "1", "--out", str(out), "--device", "cpu"]
     evaluate.main([*run, "--num", "1", "--tasks", "text 64x64"])
     first = out.with_suffix(".jsonl").read_text()
     evaluate.main([*run, "--num", "2", "--tasks", "VAE 64x64"])

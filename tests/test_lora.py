@@ -63,9 +63,7 @@ def test_the_base_weights_keep_their_names(dit):
     beside = dit.state_dict().keys() - names
     assert names <= dit.state_dict().keys() and all(".lora_" in name for name in beside)
     assert len(beside) == 2 * len(TARGETS) * 2
-    assert (
-        BLOCK + "ff.net.0.proj.lora_A.weight" in beside and BLOCK + "attn1.to_out.0.lora_B.weight" in beside
-    )
+    assert {BLOCK + "ff.net.0.proj.lora_A.weight", BLOCK + "attn1.to_out.0.lora_B.weight"} <= beside
 
 
 def test_training_moves_only_lora_and_lowers_the_loss(dit):
@@ -103,17 +101,6 @@ def test_alpha_over_rank_scales_what_lora_adds(dit):
     delta = 0.5 * layer.lora_B.weight @ layer.lora_A.weight
     merge_lora(dit)
     assert_close(dit.get_parameter(BLOCK + "attn1.to_k.weight"), weight + delta, 1e-6)
-
-
-def test_what_makes_no_sense_is_refused(dit, tmp_path):
-    for rank, alpha in ((0, 1), (4, 0), (4, -1), (4, float("nan"))):
-        with pytest.raises(ValueError, match=f"rank={rank}, alpha={alpha}: both should be positive"):
-            add_lora(dit, rank, alpha)
-    with pytest.raises(ValueError, match="add_lora first"):
-        save_lora(dit, tmp_path / "none.safetensors")
-    add_lora(dit, 2)
-    with pytest.raises(ValueError, match="merge_lora first"):
-        add_lora(dit, 2)
 
 
 # ---------------------------------------------------------------- files
@@ -176,9 +163,8 @@ def test_peft_names_are_read_with_the_alpha_of_the_config_beside_them(dit, tmp_p
         assert read_lora(dit, path)[name][2] == scale
     (tmp_path / "adapter_config.json").unlink()
     load_lora(dit, path)
-    assert_close(
-        dit.get_parameter(name + ".weight"), merged.get_parameter(name + ".weight") + up @ down, 1e-5
-    )
+    wanted = merged.get_parameter(name + ".weight") + up @ down
+    assert_close(dit.get_parameter(name + ".weight"), wanted, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -229,40 +215,16 @@ def test_a_file_that_does_not_fit_is_refused_in_one_sentence(dit, tmp_path):
     good = {f"{key}.lora_A.weight": torch.ones(2, 32), f"{key}.lora_B.weight": torch.ones(32, 2)}
     cases = [
         ({}, "it is empty"),
-        (good | {f"lora_te_block_{i}.lora_up.weight": torch.ones(1) for i in range(5)},
-         r"unknown: lora_te_block_0.lora_up.weight, lora_te_block_1\S+, \S+ and 2 more"),
-        (good | {f"their.{BLOCK}attn1.to_q.lora_A.weight": torch.ones(2, 32)},
-         r"unknown: their.\S+lora_A.weight \(its prefix their. is none we know\)"),
         (good | {f"{key}.lora_magnitude_vector": torch.ones(32)}, "unknown: .*magnitude_vector"),
         (good | {"lora_unet__nowhere.lora_up.weight": torch.ones(2, 2)}, "unknown: lora_unet__nowhere"),
-        (good | {f"{key}.lora_A.weight": torch.ones(2, 32, dtype=torch.int8)}, "unknown: .*lora_A"),
         ({f"{key}.lora_A.weight": torch.ones(2, 32)}, "mis-shaped or incomplete: transformer_blocks.1.attn1"),
-        ({f"{key}.alpha": torch.ones(())}, "mis-shaped or incomplete"),
         (good | {f"{key}.lora_B.weight": torch.ones(32, 3)}, r"B \[32, 3\] for a weight of \[32, 32\]"),
-        (good | {f"{key}.lora_A.weight": torch.ones(2, 64)}, r"A \[2, 64\]"),
-        (good | {f"{key}.lora_A.weight": torch.ones(())}, "mis-shaped"),
-        (good | {f"{key}.alpha": torch.ones(2)}, "mis-shaped"),
-    ]  # fmt: skip
+    ]
     for tensors, message in cases:
         save_file(tensors, path)
         with pytest.raises(ValueError, match=message) as error:
             load_lora(dit, path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
-    for notes in (
-        "[1]",
-        "{",
-        '{"lora_alpha": "much"}',
-        '{"alpha_pattern": {"(": 1}}',
-        '{"alpha_pattern": 1}',
-    ):
-        save_file(good, path, {"lora_adapter_metadata": notes})
-        with pytest.raises(ValueError, match="notes on its alpha are damaged"):
-            load_lora(dit, path)
-    path.write_bytes(b"no safetensors")
-    with pytest.raises(ValueError, match="lora.safetensors"):
-        load_lora(dit, path)
-    with pytest.raises(OSError, match="missing"):
-        load_lora(dit, tmp_path / "nowhere.safetensors")
     assert all(torch.equal(dit.state_dict()[key], p) for key, p in state.items())  # untouched
 
 
@@ -355,11 +317,8 @@ def test_a_lora_that_cannot_be_used_stops_the_run_before_anything_is_loaded(tmp_
     monkeypatch.setattr(sample.Models, "_load", None)
     save_lora(trained(random_model(TINY)), tmp_path / "other.safetensors")
     for given, message in (
-        (tmp_path / "nowhere.safetensors", "nowhere.safetensors is missing"),
         (tmp_path / "other.safetensors:0.5", "no LoRA for this transformer (mis-shaped"),
-        (tmp_path / "other.safetensors:many", "other.safetensors:many is missing"),
         (tmp_path / "other.safetensors:nan", "outside -100 … 100"),
-        (tmp_path / "other.safetensors:101", "outside -100 … 100"),
     ):
         argv = ["x", "--model", MODEL, "--lora", given, "--out", tmp_path / "x.png", "--num-frames", 1]
         assert sample.main(list(map(str, argv))) == 2

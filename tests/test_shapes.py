@@ -1,7 +1,6 @@
 """The drawn world: does it keep its promises, and does the reader read what was drawn?"""
 
 import itertools
-import time
 from collections import Counter
 
 import numpy as np
@@ -83,9 +82,8 @@ def test_every_word_pair_and_triple_is_still_trained_on(num_words, most):
         held_out = Counter(tuple(c[p] for p in positions) for c in HELD_OUT)
         assert max(held_out[key] / total[key] for key in total) <= most + 1e-9
         if num_words == 1:
-            assert (
-                min(held_out[key] / total[key] for key in total) > 0.085
-            )  # and is tested as often as others
+            least = min(held_out[key] / total[key] for key in total)
+            assert least > 0.085  # and is tested as often as others
 
 
 def test_training_scenes_never_show_a_held_out_combination_and_reach_all_others():
@@ -137,9 +135,7 @@ def test_the_object_is_wholly_visible_and_moves_or_grows_enough(height, width):
             _, sides, above, below = (reach * radius for reach in SHAPES[scene.shape])
             assert 1 < x - sides and x + sides < width - 1 and 1 < y - above and y + below < height - 1
         right, down, growth = (x1 - x0) / width, (y1 - y0) / height, (r1 / r0) ** 2
-        amounts = dict(
-            zip(["moves left", "moves right", "moves up", "moves down"], [-right, right, -down, down])
-        )
+        amounts = {"moves left": -right, "moves right": right, "moves up": -down, "moves down": down}
         for motion, amount in amounts.items():
             assert amount >= 0.25 if motion == scene.motion else amount < 1e-6
         assert growth >= 2 if scene.motion == "grows" else growth < 1.000001
@@ -189,41 +185,12 @@ def test_shorter_clips_are_crops_of_the_same_motion():
     assert torch.equal(draw(scenes, 1, start=16), whole[:, 16:])
 
 
-def test_longer_clips_follow_the_same_path_more_slowly():
-    scenes = one_of_each()[::9]
-    whole = draw(scenes, 33)
-    assert torch.equal(whole[:, ::2], draw(scenes, 17))
-    assert torch.equal(draw(scenes, 9, start=8, length=33), whole[:, 8:17])
-
-
 def test_a_batch_draws_what_each_scene_draws_alone():
     scenes = one_of_each()[::17]
     batch = draw(scenes, 3, 48, 64)
     assert batch.dtype == torch.uint8 and batch.shape == (len(scenes), 3, 48, 64, 3)
     for scene, clip in zip(scenes, batch):
         assert torch.equal(draw([scene], 3, 48, 64)[0], clip)
-
-
-def test_the_motion_is_steady():
-    """Constant steps in place and in the logarithm of the area, to a tenth of a step: pixels are rounded."""
-    left = sample_scene(0, 1, [("red", "square", "moves left", "white")])
-    steps = path(draw([left], 17, 128, 128)[0]).diff(dim=0)
-    assert (steps[:, 0] < 0).all() and (steps[:, 0] / steps[:, 0].mean() - 1).abs().max() < 0.1
-    grows = sample_scene(0, 1, [("red", "circle", "grows", "white")])
-    steps = read_attributes(draw([grows], 17, 128, 128)[0])["areas"].log().diff()
-    assert (steps / steps.mean() - 1).abs().max() < 0.1
-
-
-def test_several_thousand_clips_are_drawn_a_minute():
-    scenes = [sample_scene(0, index) for index in range(64)]
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        draw(scenes)
-        return time.perf_counter() - start
-
-    per_minute = 60 * len(scenes) / min(seconds() for _ in range(3))
-    assert per_minute > 2000  # 57,000 on a free core; tests may have to share theirs
 
 
 # ---------------------------------------------------------------- records
@@ -242,33 +209,27 @@ def test_records_look_like_video_files():
     assert records(1, seed=2, num_frames=1)[0].kind == "image"
 
 
-def test_a_long_record_is_read_in_parts():
-    clip = records(1, seed=2, num_frames=33)[0]
-    assert np.array_equal(clip.read(0, 33)[20:29], clip.read(20, 9))
-
-
 # ---------------------------------------------------------------- the reader
 
 
-@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize("height, width", [(64, 64), (64, 96)])
 def test_clean_clips_are_read_right(height, width):
     scenes = one_of_each(2)[::5]
     assert rate_read_right(scenes, draw(scenes, 17, height, width)) >= 0.995
 
 
 def test_blurred_and_noisy_clips_are_read_right():
-    scenes = one_of_each(3)[::5]
+    scenes = one_of_each(3)[::9]
     clips = draw(scenes)
     degraded = degrade(clips)
     assert 25 < psnr(clips, degraded) < 30
     assert rate_read_right(scenes, degraded) >= 0.98
-    assert (
-        rate_read_right(scenes, degrade(clips[:, :5], sigma=1.2, noise=15)) >= 0.98
-    )  # 24.5 dB, a short crop
+    worse = degrade(clips[:, :5], sigma=1.2, noise=15)  # 24.5 dB, a short crop
+    assert rate_read_right(scenes, worse) >= 0.98
 
 
 def test_images_are_read_right_and_have_no_motion():
-    scenes = one_of_each(4)[::5]
+    scenes = one_of_each(4)[::9]
     for height, width in SIZES:
         clips = draw(scenes, 1, height, width)
         assert rate_read_right(scenes, clips) >= 0.995
@@ -287,9 +248,8 @@ def test_the_reader_is_not_pleased_by_anything():
     blue_ground = still.clone()
     blue_ground[..., 2] = 200
     assert read_attributes(blue_ground) is None  # an object, on a ground this world does not have
-    left, right = (
-        draw([Scene("red", "circle", "stays still", "black", 0.14, 1, 0, (x, 0.5))], 4)[0] for x in (0, 1)
-    )
+    scenes = [Scene("red", "circle", "stays still", "black", 0.14, 1, 0, (x, 0.5)) for x in (0, 1)]
+    left, right = draw(scenes, 4)
     two = read_attributes(torch.maximum(left, right))
     assert two["shape"] is None and two["fit"].max() < 0.3
     assert read_attributes(still)["fit"].min() > 0.94

@@ -43,31 +43,8 @@ def fuzzed_texts(count, pieces):
     blocks = [(0, 0x20), (0x20, 0x7F), (0x7F, 0x250), (0x300, 0x370), (0x1100, 0x1200), (0x2000, 0x2070)]
     blocks += [(0x2460, 0x2500), (0x3000, 0x3100), (0x3300, 0x3400), (0x4E00, 0x4F00), (0xAC00, 0xAD00)]
     blocks += [(0xFB00, 0xFB50), (0xFE00, 0xFE10), (0xFF00, 0xFFA0), (0xFF61, 0xFFA0), (0x10000, 0x110000)]
-    words = [
-        "<pad>",
-        "</s>",
-        "<unk>",
-        "<extra_id_0>",
-        "<extra_id_42>",
-        "<extra_id_99>",
-        "<extra_id_100>",
-        "</s",
-    ]
-    words += [
-        "👩\u200d👧",
-        "👍🏽",
-        "🇩🇪",
-        "❤\ufe0f",
-        "ｶﾞ",
-        "ﾊﾟ",
-        "e\u0301",
-        "ö",
-        " ",
-        "  ",
-        "▁",
-        "\u3000",
-        "＜pad＞",
-    ]
+    words = "<pad> </s> <unk> <extra_id_0> <extra_id_42> <extra_id_99> <extra_id_100> </s".split()
+    words += "👩\u200d👧 👍🏽 🇩🇪 ❤\ufe0f ｶﾞ ﾊﾟ e\u0301 ö ▁ ＜pad＞".split() + [" ", "  ", "\u3000"]
 
     def part(kind):
         if kind == "word":
@@ -96,7 +73,7 @@ def test_ids_of_fuzzed_unicode_equal_sentencepiece():
     sp = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER_DIR / "spiece.model"))
     pieces = [sp.id_to_piece(i).replace("▁", " ") for i in range(3, len(sp))]
     tokenizer = Tokenizer.from_pretrained(TOKENIZER_DIR)
-    for text in fuzzed_texts(3000, pieces):
+    for text in fuzzed_texts(2000, pieces):
         assert tokenizer.encode(text) == reference_ids(sp, text), repr(text)
 
 
@@ -111,16 +88,8 @@ def test_a_vocabulary_without_rules_and_with_other_flags_equals_sentencepiece(tm
     )  # fmt: skip
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     tokenizer = Tokenizer.from_pretrained(tmp_path)
-    for text in [
-        "",
-        " ",
-        "  the cat  sat ",
-        "ﬁne\tday",
-        "xyz the",
-        "a</s> b",
-        "\0cat",
-        *fuzzed_texts(200, corpus),
-    ]:
+    texts = ["", " ", "  the cat  sat ", "ﬁne\tday", "xyz the", "a</s> b", "\0cat"]
+    for text in [*texts, *fuzzed_texts(200, corpus)]:
         assert tokenizer.encode(text) == reference_ids(sp, text), repr(text)
 
 
@@ -131,12 +100,6 @@ def test_a_long_prompt_is_cut_but_keeps_its_end_token():
     assert cut.tolist() == [whole[0, :4].tolist() + [1]]
     assert tokenizer([""], max_length=3).tolist() == [[1, 0, 0]]
     assert tokenizer(["one"]).shape == (1, 226) and tokenizer(["one"]).dtype == torch.long
-
-
-def test_one_string_counts_as_a_list_of_one_and_no_strings_give_no_rows():
-    tokenizer = Tokenizer.from_pretrained(VARIANT)
-    assert torch.equal(tokenizer("a cat", max_length=8), tokenizer(["a cat"], max_length=8))
-    assert tokenizer([], max_length=8).shape == (0, 8)
 
 
 def test_special_tokens_follow_the_files_and_without_them_t5s_rule(tmp_path):
@@ -187,36 +150,12 @@ def test_a_tokenizer_json_is_read_when_there_is_no_spiece_model(tmp_path):
         Tokenizer.from_pretrained(tmp_path)(["blue"])
 
 
-@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json"])
-def test_a_damaged_tokenizer_file_is_one_value_error(tmp_path, name):
-    whole = (
-        (TOKENIZER_DIR / "spiece.model").read_bytes() if name == "spiece.model" else b'{"model": {"type": 1}}'
-    )
-    rng = random.Random(0)
-    damaged = [b"", b"\xff" * 50, b"[" * 10_000, whole[:-1], whole[: len(whole) // 2], whole[:7]]
-    damaged += [bytes(rng.randrange(256) for _ in range(200)) for _ in range(50)]
-    for content in damaged:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=name) as error:
-            Tokenizer.from_pretrained(tmp_path)
-        assert "\n" not in str(error.value)
-
-
-def test_a_damaged_table_of_replacements_never_hangs_or_crashes(tmp_path):
+def test_a_damaged_tokenizer_file_is_one_value_error(tmp_path):
     whole = (TOKENIZER_DIR / "spiece.model").read_bytes()
-    rng = random.Random(0)
-    outcomes = set()
-    for _ in range(40):
-        content = bytearray(whole)
-        for _ in range(20_000):
-            content[rng.randrange(30_000, len(content) - 2000)] = rng.randrange(256)
+    for content in (b"", b"\xff" * 50, whole[:-1], whole[: len(whole) // 2]):
         (tmp_path / "spiece.model").write_bytes(content)
-        try:
-            Tokenizer.from_pretrained(tmp_path)(["a ﬁne day ｶﾞ é 一 \x00\x85", "x" * 500])
-            outcomes.add("read")
-        except ValueError as error:
-            outcomes.add(str(error))
-    assert "the tokenizer's table of replacements is damaged; download it again" in outcomes
+        with pytest.raises(ValueError, match="spiece.model"):
+            Tokenizer.from_pretrained(tmp_path)
 
 
 def message(*fields):
@@ -240,11 +179,6 @@ def tiny_spiece(kind=1, trainer=b"", normalizer=b"", score=-1.0, name=b"a", more
     return message(*((1, piece) for piece in pieces), (2, trainer), (3, normalizer))
 
 
-def test_a_small_handmade_vocabulary_is_read(tmp_path):
-    (tmp_path / "spiece.model").write_bytes(tiny_spiece())
-    assert Tokenizer.from_pretrained(tmp_path).encode("aa") == [2, 3, 3]  # ▁ is unknown
-
-
 def test_an_unknown_character_costs_ten_more_than_the_least_likely_piece(tmp_path):
     more = [("▁".encode(), -1.0), (b"xa", -13.0), (b"bc", -12.0)]
     for score, ids in ((-1.5, [4, 2, 3]), (-2.5, [4, 5, 6])):  # ▁ x abc: -1 -23 + score; ▁ xa bc: -1 -25
@@ -262,34 +196,17 @@ def test_replacements_are_found_through_wide_and_narrow_steps_of_the_trie():
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    "changes",
     [
-        ({"kind": 4}, "of another kind"),  # user-defined
-        ({"kind": 6}, "of another kind"),  # byte fallback
-        ({"trainer": message((3, 2))}, "of another kind"),  # byte pair encoding
-        ({"trainer": message((24, 1))}, "of another kind"),  # the space ends a word
-        ({"normalizer": message((5, 0))}, "of another kind"),  # spaces stay spaces
-        ({"score": math.nan}, "damaged"),
-        ({"name": b""}, "damaged"),
-        ({"name": b"\xff"}, "damaged"),
-        ({"name": b"</s>"}, "twice"),
-        ({"normalizer": message((2, b"\1\0\0\0"))}, "cut off"),
+        {"kind": 6},  # byte fallback
+        {"trainer": message((3, 2))},  # byte pair encoding
+        {"trainer": message((24, 1))},  # the space ends a word
+        {"normalizer": message((5, 0))},  # spaces stay spaces
     ],
 )
-def test_a_vocabulary_of_another_kind_is_refused_in_one_sentence(tmp_path, changes, sentence):
+def test_a_vocabulary_of_another_kind_is_refused(tmp_path, changes):
     (tmp_path / "spiece.model").write_bytes(tiny_spiece(**changes))
-    with pytest.raises(ValueError, match=sentence):
-        Tokenizer.from_pretrained(tmp_path)
-
-
-def test_prompts_that_cannot_be_tokenized_are_refused(tmp_path):
-    tokenizer = Tokenizer.from_pretrained(VARIANT)
-    with pytest.raises(ValueError, match="surrogates not allowed"):
-        tokenizer(["half a \ud800 pair"])
-    with pytest.raises(FileNotFoundError, match="tokenizer"):
-        Tokenizer.from_pretrained(tmp_path)
-    (tmp_path / "tokenizer").mkdir()
-    with pytest.raises(FileNotFoundError, match="neither spiece.model nor tokenizer.json"):
+    with pytest.raises(ValueError, match="of another kind"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -338,23 +255,13 @@ def test_what_we_save_gives_the_same_in_transformers(tmp_path, dtype, tolerance)
     T5Encoder(odd_config()).save_pretrained(tmp_path)
     ours = T5Encoder.from_pretrained(tmp_path, dtype=dtype)
     theirs = transformers.T5EncoderModel.from_pretrained(tmp_path / "text_encoder", dtype=dtype).eval()
-    assert {k: v.dtype for k, v in ours.state_dict().items()}.items() <= {
-        k: v.dtype for k, v in theirs.state_dict().items()
-    }.items()
+    their_state = theirs.state_dict()
+    assert all(their_state[name].dtype == tensor.dtype for name, tensor in ours.state_dict().items())
     ids = some_ids(2, 40, 60)
     with torch.no_grad():
         text, peer = ours(ids), theirs(ids).last_hidden_state
     assert text.dtype == peer.dtype == dtype
     assert_close(text, peer, tolerance)
-
-
-def test_saving_and_loading_returns_the_same_encoder_and_config(tmp_path):
-    t5 = T5Encoder.from_pretrained(VARIANT)
-    t5.save_pretrained(tmp_path)
-    again = T5Encoder.from_pretrained(tmp_path)
-    assert again.config == t5.config and again.config.extra["architectures"] == ["T5EncoderModel"]
-    for name, tensor in t5.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_buckets_are_exact_near_logarithmic_far_and_apart_before_and_after():
@@ -399,23 +306,12 @@ def test_the_embedding_may_go_by_its_other_name(checkpoint, names, stream):
         assert torch.equal(T5Encoder.from_pretrained(checkpoint, stream=stream)(ids), text)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_weights_that_do_not_fit_stop_the_load_by_name(checkpoint, stream):
+def test_streamed_weights_that_do_not_fit_stop_the_load_by_name(checkpoint):
     weights = load_file(checkpoint / WEIGHTS)
     name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
-
-    def load(changed, match):
-        save_file(changed, checkpoint / WEIGHTS)
-        with pytest.raises(ValueError, match=match):
-            T5Encoder.from_pretrained(checkpoint, stream=stream)
-
-    load({k: v for k, v in weights.items() if k != name}, f"missing: {re.escape(name)}")
-    load({**weights, "decoder.x": torch.ones(1)}, "unexpected: decoder.x")
-    load(
-        {**weights, name: weights[name][:, 1:].clone()},
-        "mis-shaped: .*wo.weight is .16, 39.*asks for .16, 40",
-    )
-    load({**weights, name: weights[name].to(torch.int8)}, "floating-point")
+    save_file({key: tensor for key, tensor in weights.items() if key != name}, checkpoint / WEIGHTS)
+    with pytest.raises(ValueError, match=f"missing: {re.escape(name)}"):
+        T5Encoder.from_pretrained(checkpoint, stream=True)
 
 
 def test_half_precision_keeps_the_last_feed_forward_weight_in_fp32_unrounded():
@@ -457,33 +353,12 @@ def test_a_new_encoder_starts_from_t5s_initialisation():
     ]:
         spread = 4 / math.sqrt(2 * module.weight.numel())  # four standard errors of a standard deviation
         assert module.weight.std().item() == pytest.approx(std, rel=spread)
-    assert [
-        hasattr(block.layer[0].SelfAttention, "relative_attention_bias") for block in t5.encoder.block
-    ] == [
-        True,
-        False,
-        False,
-    ]
+    attentions = [block.layer[0].SelfAttention for block in t5.encoder.block]
+    assert [hasattr(each, "relative_attention_bias") for each in attentions] == [True, False, False]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_ids_outside_the_vocabulary_are_refused(stream):
-    t5 = T5Encoder.from_pretrained(VARIANT, stream=stream)
-    for wrong in (-1, 1120):
-        with pytest.raises(ValueError, match=f"{wrong}.*0 to 1119"):
-            t5(torch.tensor([[wrong]]))
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "match"),
-    [
-        ("feed_forward_proj", "relu", "feed_forward_proj = 'relu'"),
-        ("dense_act_fn", "relu", "dense_act_fn = 'relu'"),
-    ],
-)
-def test_a_config_we_cannot_build_is_refused_by_name_and_value(checkpoint, key, value, match):
+def test_a_config_we_cannot_build_is_refused_by_name_and_value(checkpoint):
     path = checkpoint / "text_encoder" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    for stream in (False, True):
-        with pytest.raises(ValueError, match=match):
-            T5Encoder.from_pretrained(checkpoint, stream=stream)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "feed_forward_proj": "relu"}))
+    with pytest.raises(ValueError, match="feed_forward_proj = 'relu'"):
+        T5Encoder.from_pretrained(checkpoint)

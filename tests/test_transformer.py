@@ -1,14 +1,12 @@
 """The transformer: the reference's outputs and gradients, its folder in and out, its refusals."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDENS, ROUNDS_ALIKE, V15, VARIANTS, assert_close, expected
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,16 +99,13 @@ def test_loss_and_gradients_equal_the_reference(variant, index, checkpointing):
     assert len(names) >= 3
     for name in names:
         theirs = g[f"grad.{name}"]
-        assert_close(
-            parameters[name].grad, theirs, 1e-4 * theirs.abs().max().item()
-        )  # float32 sums over tokens
+        largest = theirs.abs().max().item()
+        assert_close(parameters[name].grad, theirs, 1e-4 * largest)  # float32 sums over tokens
 
 
 @pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-5b-inp", "fun-1.5-5b-inp"])
 def test_the_training_prediction_equals_the_reference(variant):
-    g = {
-        key: t[:2] for key, t in expected(variant).items() if key.startswith(("train.", "text.")) and t.dim()
-    }
+    g = {key: t[:2] for key, t in expected(variant).items() if t.dim()}
     noisy, condition = g["train.noisy"].transpose(1, 2), g["train.inpaint_latents"].transpose(1, 2)
     with torch.no_grad():
         velocity = load(variant)(noisy, g["train.t"], g["text.prompt_embeds"], condition)
@@ -143,6 +138,8 @@ def test_random_weights_give_the_same_velocity_in_diffusers(changes, size, tmp_p
     diffusers = pytest.importorskip("diffusers")
     ours = random_model(replace(TINY, **changes), std=size)
     ours.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    assert written["_class_name"] == "CogVideoXTransformer3DModel"
     theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "transformer")
     noisy, t, text, _ = random_inputs(ours)
     with torch.no_grad():
@@ -152,13 +149,6 @@ def test_random_weights_give_the_same_velocity_in_diffusers(changes, size, tmp_p
 
 
 # ---------------------------------------------------------------- properties
-
-
-def test_norms_of_q_and_k_have_their_own_eps():
-    dit = VideoTransformer(replace(TINY, norm_eps=1e-3))
-    norms = {name: m.eps for name, m in dit.named_modules() if isinstance(m, torch.nn.LayerNorm)}
-    assert {eps for name, eps in norms.items() if name.endswith(("norm_q", "norm_k"))} == {1e-6}
-    assert {eps for name, eps in norms.items() if not name.endswith(("norm_q", "norm_k"))} == {1e-3}
 
 
 def test_biases_and_affine_norms_follow_the_config():
@@ -281,15 +271,13 @@ def test_half_precision_stays_half_precision_and_near(variant):
     inputs = random_inputs(dit)
     half = [x if x is None or not x.is_floating_point() else x.bfloat16() for x in inputs]
     with torch.no_grad():
-        velocity, ours = (
-            dit(*inputs),
-            VideoTransformer.from_pretrained(GOLDENS / variant, torch.bfloat16)(*half),
-        )
+        velocity = dit(*inputs)
+        ours = VideoTransformer.from_pretrained(GOLDENS / variant, torch.bfloat16)(*half)
     assert ours.dtype == torch.bfloat16
     assert_close(ours.float(), velocity, 0.15)  # 8 bits of outputs of order 4, through two blocks
 
 
-@pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-1.5-5b-inp", "cogvideox-5b-i2v"])
+@pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-1.5-5b-inp"])
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_the_model_compiles_in_one_graph(variant):
     dit = load(variant)
@@ -349,39 +337,7 @@ def test_new_input_channels_change_nothing_until_trained(variant, tmp_path):
     assert_close(again(*inputs[:3], more), before, TOLERANCE)
 
 
-def test_growing_does_not_shrink():
-    with pytest.raises(ValueError, match="in_channels = 16 is less than the model's 33"):
-        grow_input_channels(load("fun-2b-inp"), 16)
-
-
 # ---------------------------------------------------------------- the folder
-
-
-@pytest.fixture
-def folder(tmp_path):
-    shutil.copytree(GOLDENS / "fun-5b-inp" / "transformer", tmp_path / "transformer")
-    return tmp_path
-
-
-def edit_weights(folder, change) -> None:
-    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    state = {key: tensor.clone() for key, tensor in load_file(path).items()}
-    change(state)
-    save_file(state, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda s: s.pop("proj_out.bias"), "missing: proj_out.bias"),
-        (lambda s: s.update(new=torch.zeros(1)), "unexpected: new"),
-        (lambda s: s.update({"proj_out.bias": torch.zeros(3)}), r"mis-shaped: proj_out.bias is \[3\]"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(folder, change, message):
-    edit_weights(folder, change)
-    with pytest.raises(ValueError, match=message):
-        VideoTransformer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("variant", VARIANTS + V15)
@@ -398,25 +354,14 @@ def test_shards_and_unknown_config_keys_survive_a_save(variant, tmp_path):
     assert original.items() <= written.items() and written["new_key"] == [1, {"a": None}]
 
 
-def test_a_new_model_writes_the_reference_s_class_name(tmp_path):
-    VideoTransformer(TINY).save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "transformer" / "config.json").read_text())
-    assert written["_class_name"] == "CogVideoXTransformer3DModel"
-
-
 # ---------------------------------------------------------------- refusals
-
-ROPE = {"use_rotary_positional_embeddings": True}
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"ofs_embed_dim": 512}, "ofs_embed_dim = 512"),
         ({"activation_fn": "gelu"}, "activation_fn = 'gelu' is not supported"),
-        ({"temporal_compression_ratio": 8}, "temporal_compression_ratio = 8"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos = False"),
-        ({"patch_size_t": 3, **ROPE}, "patch_size_t = 3"),
         ({"patch_size_t": 2}, "patch_size_t needs use_rotary_positional_embeddings"),
     ],
 )
@@ -426,30 +371,21 @@ def test_configs_that_would_compute_something_else_are_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    "variant, noisy, condition, message",
+    "variant, grid, channels, message",
     [
-        ("fun-2b-inp", (1, 16, 4, 4, 6), None, "condition None; a model of 33 channels needs 16 and 17"),
-        ("fun-2b-inp", (1, 16, 4, 4, 6), (1, 17, 3, 4, 6), r"condition \(1, 17, 3, 4, 6\)"),
-        ("cogvideox-2b-t2v", (1, 16, 4, 4, 6), (1, 17, 4, 4, 6), "a model of 16 channels needs 16 and 0"),
-        ("fun-2b-inp", (1, 16, 4, 5, 6), (1, 17, 4, 5, 6), "4x5x6 do not divide"),
-        ("fun-2b-inp", (1, 16, 5, 4, 6), (1, 17, 5, 4, 6), "5 latent frames; .* end at 4"),
-        ("cogvideox-5b-i2v", (1, 16, 4, 6, 4), (1, 16, 4, 6, 4), "learned positions only fit"),
-        ("fun-1.5-5b-inp", (1, 16, 3, 4, 6), (1, 17, 3, 4, 6), "3x4x6 do not divide"),
+        ("fun-2b-inp", (4, 4, 6), 0, "condition None; a model of 33 channels needs 16 and 17"),
+        ("cogvideox-2b-t2v", (4, 4, 6), 17, "a model of 16 channels needs 16 and 0"),
+        ("fun-2b-inp", (5, 4, 6), 17, "5 latent frames; .* end at 4"),
+        ("cogvideox-5b-i2v", (4, 6, 4), 16, "learned positions only fit"),
+        ("fun-1.5-5b-inp", (3, 4, 6), 17, "3x4x6 do not divide"),
     ],
 )
-def test_shapes_the_model_cannot_take_are_refused(variant, noisy, condition, message):
+def test_shapes_the_model_cannot_take_are_refused(variant, grid, channels, message):
     dit = load(variant)
-    c = dit.config
-    text = torch.zeros(1, c.max_text_seq_length, c.text_embed_dim)
-    condition = None if condition is None else torch.zeros(condition)
+    text = torch.zeros(1, dit.config.max_text_seq_length, dit.config.text_embed_dim)
+    condition = torch.zeros(1, channels, *grid) if channels else None
     with pytest.raises(ValueError, match=message):
-        dit(torch.zeros(noisy), 0, text, condition)
-
-
-def test_added_positions_need_the_text_length_they_were_made_for():
-    dit = load("fun-2b-inp")
-    with pytest.raises(ValueError, match="text has 225 tokens, not 226"):
-        dit(torch.zeros(1, 16, 4, 4, 6), 0, torch.zeros(1, 225, 16), torch.zeros(1, 17, 4, 4, 6))
+        dit(torch.zeros(1, 16, *grid), 0, text, condition)
 
 
 # ---------------------------------------------------------------- sizes

@@ -75,15 +75,8 @@ def test_decode_stream_yields_the_chunks_of_decode_in_order(first_alone):
 
 
 def test_chunk_rules():
-    assert [encode_chunks(f) for f in (1, 5, 8, 13, 16, 17, 49)] == [
-        [1],
-        [5],
-        [8],
-        [13],
-        [8, 8],
-        [9, 8],
-        [9] + [8] * 5,
-    ]
+    assert [encode_chunks(f) for f in (1, 5, 8, 13)] == [[1], [5], [8], [13]]
+    assert [encode_chunks(f) for f in (16, 17, 49)] == [[8, 8], [9, 8], [9] + [8] * 5]
     assert [decode_chunks(f, True) for f in (1, 2, 3, 4, 5)] == [[1], [1, 1], [1, 2], [1, 2, 1], [1, 2, 2]]
     assert [decode_chunks(f, False) for f in (1, 2, 3, 4, 5)] == [[1], [2], [3], [2, 2], [3, 2]]
 
@@ -211,23 +204,7 @@ def test_bf16_stays_within_rounding_of_fp32():
     assert_close(ours.float(), exact, 0.1 * exact.abs().max().item())  # 60 layers of 3 significant digits
 
 
-# ---------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"act_fn": "gelu"},
-        {"temporal_compression_ratio": 8},
-        {"use_quant_conv": True},
-        {"block_out_channels": [8, 8]},
-    ],
-)
-def test_a_config_we_cannot_honour_is_refused(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        VAEConfig(**changes)
-
-
-def test_sizes_that_cannot_work_are_named():
-    with pytest.raises(ValueError, match="20 × 16; the VAE takes multiples of 8"):
-        tiny().moments(torch.zeros(1, 3, 5, 20, 16))
+def test_a_config_we_cannot_honour_is_refused():
+    for changes in ({"act_fn": "gelu"}, {"temporal_compression_ratio": 8}, {"use_quant_conv": True}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            VAEConfig(**changes)

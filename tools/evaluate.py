@@ -239,6 +239,7 @@ def show(clips: list[np.ndarray], out: Path) -> None:
             sheet.paste(Image.fromarray(frame), (left + 66 * k, top + 14))
     sheet.save(f"{out}.png")
     framed = [np.pad(clip, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=192) for clip in clips]
+    framed += [np.full_like(framed[0], 192)] * (-len(framed) % 5)
     rows = [np.concatenate(framed[i : i + 5], axis=2) for i in range(0, len(framed), 5)]
     wall = np.concatenate(rows, axis=1).repeat(2, axis=1).repeat(2, axis=2)
     write_video([wall], Path(f"{out}.gif"), 8)
