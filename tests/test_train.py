@@ -645,6 +645,10 @@ def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkey
     assert_close(latents[:, :, is_padded:], whole, 1e-6)
     assert_close(latents[:, :, :1], whole[:, :, :1], 1e-6)
 
+    monkeypatch.setattr(train_dit, "PICTURE_DROP", 1.0)
+    task.losses(task.encode([one]), Micro(bucket, [0], [(0, 0, 0)], 0, 0, torch.tensor([500])))
+    assert given[3].shape == condition.shape and not given[3].any()
+
 
 def test_an_image_models_picture_is_noisy_and_sometimes_dropped(monkeypatch):
     """5 % of 1000 samples are 50, give or take 7; σ = exp(N(−3, ½)) has its median at exp(−3) = 0.05."""
