@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -31,11 +31,7 @@ from torch import Tensor, nn
 
 from runtime import atomic_write, sync
 
-MAX_SHARD_BYTES = 10 * 2**30  # like diffusers: anything smaller stays one file
-
-
 # ---------------------------------------------------------------- JSON and configs
-
 
 HARMLESS = set(  # keys of official files that change no number here, or that we write ourselves
     """architectures classifier_dropout decoder_start_token_id dropout_rate dtype torch_dtype
@@ -50,18 +46,18 @@ HARMLESS = set(  # keys of official files that change no number here, or that we
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file, or a ValueError that says what is wrong with the file."""
+    """A JSON object from a file, or one sentence that says what is wrong with the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; is {path.parent} a complete checkpoint folder?")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing; is {path.parent} a complete checkpoint folder?"
-        ) from None
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not a JSON object; download it again")
-    return content
+
+
+def write_json(content: dict, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(config_class: type, path: Path):
@@ -89,20 +85,18 @@ def only(config, **allowed: tuple) -> None:
     for name, values in allowed.items():
         value = getattr(config, name, config.extra.get(name, values[0]))
         if value not in values:
-            known = " or ".join(map(repr, values))
-            raise ValueError(f"{name} = {value!r:.60} is not supported, only {known}")
+            supported = " or ".join(map(repr, values))
+            raise ValueError(f"{name} = {value!r:.60} is not supported, only {supported}")
 
 
 def write_config(config, path: Path, **overrides) -> None:
     """The inverse of `read_config`; `overrides` (such as _class_name) are used where `extra` lacks them."""
     content = {**overrides, **config.extra, **dataclasses.asdict(config)}
     del content["extra"]
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(dict(sorted(content.items())), indent=2) + "\n", encoding="utf-8")
+    write_json(dict(sorted(content.items())), path)
 
 
 # ---------------------------------------------------------------- folders
-
 
 HUB_FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "*/config.json"]
 HUB_WEIGHTS = [f"{name}/*.safetensors*" for name in ("text_encoder", "vae", "transformer")]
@@ -121,11 +115,8 @@ def find_model(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=HUB_FILES + HUB_WEIGHTS))
     except Exception as error:  # requests, HTTP, cache and validation errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"--model {name}: no such folder here, and the hub did not deliver it ({reason:.200}); "
-                      "give a folder, or try again with a network")  from None  # fmt: skip
-
-
-# ---------------------------------------------------------------- weights in
+        problem = f"--model {name}: no such folder here, and the hub did not deliver it ({reason:.200})"
+        raise OSError(f"{problem}; give a folder, or try again with a network") from None
 
 
 def component_dir(model_dir: str | Path, name: str, marker: str = "config.json") -> Path:
@@ -135,65 +126,50 @@ def component_dir(model_dir: str | Path, name: str, marker: str = "config.json")
         return model_dir / name
     if (model_dir / marker).is_file():
         return model_dir
-    if not model_dir.is_dir():
-        raise FileNotFoundError(f"{model_dir} is not a folder; give a checkpoint folder that holds {name}/")
-    raise FileNotFoundError(f"{model_dir} is not a checkpoint folder: it has neither {name}/ nor {marker}; "
-                            "give the folder that holds transformer/, vae/ and the others")  # fmt: skip
+    problem = f"{model_dir} is not a checkpoint folder: it has neither {name}/ nor {marker}"
+    raise FileNotFoundError(f"{problem}; give the folder that holds transformer/, vae/ and the others")
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor: {key: path}, from the shards' index or from the single file itself.
-
-    A variant, as in model.fp16.safetensors or model.safetensors.index.fp16.json, is taken if all else lacks.
-    """
-    visible = [path for path in sorted(folder.glob("*.safetensors*")) if not path.name.startswith(".")]
-    files = [path for path in visible if path.suffix == ".safetensors"]
-    indices = [path for path in visible if path.suffix == ".json"]
-    plain_files = [path for path in files if "." not in path.stem]
-    plain_indices = [path for path in indices if path.name.endswith(".safetensors.index.json")]
-    files = plain_files or files
-    indices = plain_indices or ([] if plain_files else indices)
-    if indices:
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise ValueError(f"{indices[0]} has no usable weight_map; download it again")
-        if outside := [name for name in weight_map.values() if Path(name).name != name]:
-            raise ValueError(
-                f"{indices[0]} points outside its folder ({outside[0]}); do not use this checkpoint"
-            )
-        missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
-        if missing:
-            raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its index names; download it again")
-        return {key: folder / name for key, name in weight_map.items()}
-    if len(files) != 1:
-        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if not files and pickles:
-            raise ValueError(
-                f"{folder} has only pickled weights ({pickles[0]}); they can run code, so get .safetensors"
-            )
-        raise FileNotFoundError(
-            f"{folder} has {len(files)} .safetensors files and no index; expected one file"
-        )
-    with open_safetensors(files[0]) as weights:
-        return dict.fromkeys(weights.keys(), files[0])
+# ---------------------------------------------------------------- weights in
 
 
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator:
     """`safe_open` with errors a user can read; tensors taken from it are memory-mapped, not copied."""
-    if not Path(path).is_file():  # a pipe would block
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as weights:
             yield weights
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); download it again"
-        ) from None
+        reason = f"{path} is truncated or not a safetensors file ({error})"
+        raise ValueError(f"{reason}; download it again") from None
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor: {key: path}, from the shards' index or from the single file itself.
+
+    Variants (model.fp16.safetensors, model.safetensors.index.fp16.json) are taken where all else lacks.
+    """
+    indices = sorted(folder.glob("[!.]*.safetensors.index*.json"))  # a dot in front: left by macOS
+    files = sorted(folder.glob("[!.]*.safetensors"))
+    plain_indices = [path for path in indices if path.name.endswith(".index.json")]
+    plain_files = [path for path in files if "." not in path.stem]
+    found = plain_indices or plain_files or indices or files
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} has no .safetensors; pickled weights (.bin, .pt) are not read, as they can run code"
+        )
+    if len(found) > 1:
+        raise ValueError(f"{folder} has {len(found)} weight files and no index; download it again")
+    if found[0].suffix == ".json":
+        return {key: folder / name for key, name in read_json(found[0])["weight_map"].items()}
+    with open_safetensors(found[0]) as weights:
+        return dict.fromkeys(weights.keys(), found[0])
 
 
 def read_tensors(files: dict[str, Path], keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(key, memory-mapped tensor) for each key; `check_weights` has seen that they are there.
+    """(key, memory-mapped tensor) for each key.
 
     Each call opens the files anew, so that the pages of an earlier call can be forgotten: a mapping kept open
     counts everything ever read through it as resident."""
@@ -204,23 +180,10 @@ def read_tensors(files: dict[str, Path], keys: list[str]) -> Iterator[tuple[str,
                     yield key, weights.get_tensor(key)
 
 
-def check_keys(folder: Path, expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
-    """Stop at missing, unexpected or mis-shaped weights, naming the first few of each."""
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    common = sorted(expected.keys() & found.keys())
-    misshaped = [
-        f"{key} is {list(found[key])}, the config asks for {list(expected[key])}"
-        for key in common
-        if list(found[key]) != list(expected[key])
-    ]
-    problems = []
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            problems.append(f"{title}: {', '.join(names[:3])}{more}")
-    if problems:
-        raise ValueError(f"weights in {folder} do not match its config.json: {'; '.join(problems)}")
+def first_few(names: Collection[str]) -> str:
+    """Three of them, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
 
 
 def check_weights(module: nn.Module, folder: Path, aliases: dict[str, str] = {}) -> dict[str, Path]:
@@ -236,78 +199,57 @@ def check_weights(module: nn.Module, folder: Path, aliases: dict[str, str] = {})
             for key in weights.keys():
                 stored = weights.get_slice(key)
                 if not stored.get_dtype().startswith(("F", "BF")):
-                    raise ValueError(f"{path}: {key} is {stored.get_dtype()}; only floating-point weights "
-                                     "are read, not quantised ones")  # fmt: skip
-                found[aliases.get(key, key)] = stored.get_shape()
-    check_keys(folder, {key: tensor.shape for key, tensor in module.state_dict().items()}, found)
+                    reason = f"{path}: {key} is {stored.get_dtype()}"
+                    raise ValueError(f"{reason}; only floating-point weights are read, not quantised ones")
+                found[aliases.get(key, key)] = list(stored.get_shape())
+    expected = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
+    problems = {
+        "missing": expected.keys() - found.keys(),
+        "unexpected": found.keys() - expected.keys(),
+        "mis-shaped": [
+            f"{key} is {found[key]}, the config asks for {expected[key]}"
+            for key in expected.keys() & found.keys()
+            if found[key] != expected[key]
+        ],
+    }
+    sentences = [f"{title}: {first_few(names)}" for title, names in problems.items() if names]
+    if sentences:
+        raise ValueError(f"weights in {folder} do not match its config.json: {'; '.join(sentences)}")
     return files
 
 
-def load_weights(
-    module: nn.Module,
+def build(module_class: type, config_class: type, folder: Path) -> nn.Module:
+    """`module_class(config)` of a component folder, on the meta device, which costs nothing."""
+    config = read_config(config_class, folder / "config.json")
+    with torch.device("meta"):
+        return module_class(config)
+
+
+def load_component(
+    module_class: type,
+    config_class: type,
     folder: Path,
     dtype: torch.dtype | None,
     device: str | torch.device,
     aliases: dict[str, str] = {},
-) -> None:
-    """Fill a module built on the meta device from a component folder, strictly; see `check_weights`.
+) -> nn.Module:
+    """`module_class(config)` with the weights of `folder`, strictly; see `check_weights`.
 
     dtype: of the loaded tensors; None keeps each as it is stored
     """
+    module = build(module_class, config_class, folder)
     files = check_weights(module, folder, aliases)
     keys = [key for key in files if aliases.get(key) not in files]  # of two names for a tensor, ours
-    state = {
-        aliases.get(key, key): tensor.to(device=device, dtype=dtype)
-        for key, tensor in read_tensors(files, keys)
-    }
+    state = {}
+    for key, tensor in read_tensors(files, keys):
+        state[aliases.get(key, key)] = tensor.to(device=device, dtype=dtype)
     module.load_state_dict(state, strict=True, assign=True)
+    return module.eval()
 
 
 # ---------------------------------------------------------------- weights out
 
-
-@contextlib.contextmanager
-def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Like `atomic_write` for a whole folder: it appears complete, synced and named, or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for part in sorted(temporary.rglob("*")):
-            sync(part)
-        sync(temporary)
-        if path.exists():  # a folder cannot be replaced in one step: move the old one aside first
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def link(source: Path, target: Path) -> None:
-    """`target` becomes another name of the file `source`, or a copy where the disk knows no hard links; of a
-    folder, each file in it does."""
-    if source.is_dir():
-        target.mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir():
-            if not path.name.startswith("."):
-                link(path, target / path.name)
-        return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source.resolve(), temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+MAX_SHARD_BYTES = 10 * 2**30  # like diffusers: anything smaller stays one file
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -324,14 +266,14 @@ def save_weights(
 ) -> None:
     """Write `folder/stem.safetensors`, or shards and an index when it would pass `max_shard_bytes`."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
     for key, tensor in state.items():
-        num_bytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + num_bytes > max_shard_bytes:
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
         shards[-1][key] = tensor.detach().to("cpu").contiguous()
-        size += num_bytes
+        size += tensor.nbytes
     names = [f"{stem}.safetensors"]
     if len(shards) > 1:
         names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -339,16 +281,31 @@ def save_weights(
         save_tensors(shard, folder / name, {"format": "pt"})  # transformers refuses files without the note
     index = folder / f"{stem}.safetensors.index.json"
     if len(shards) > 1:
-        total = sum(t.numel() * t.element_size() for t in state.values())
+        total = sum(tensor.nbytes for tensor in state.values())
         weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
-        with atomic_write(index) as temporary:
-            temporary.write_text(
-                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            )
+        write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, index)
     else:
         index.unlink(missing_ok=True)
     for stale in set(folder.glob(f"{stem}*.safetensors")) - {folder / name for name in names}:
         stale.unlink()  # a model saved before with another number of shards
+
+
+def save_component(
+    module: nn.Module,
+    folder: Path,
+    stem: str = "diffusion_pytorch_model",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    state: dict[str, Tensor] | None = None,
+    **stamps,
+) -> None:
+    """config.json and weights of a module with a `.config`, in the layout that `load_component`, diffusers
+    and transformers read.
+
+    state: weights in place of the module's state_dict()
+    stamps: config keys that say whose class it is, such as _class_name
+    """
+    save_weights(state or module.state_dict(), folder, stem, max_shard_bytes)
+    write_config(module.config, folder / "config.json", **stamps)
 
 
 # ---------------------------------------------------------------- the folder of a training run
@@ -374,8 +331,53 @@ def write_model_index(out: Path, model_dir: Path | None, in_channels: int | None
     given = model_dir / "model_index.json" if model_dir else None
     index = {**MODEL_INDEX, **(read_json(given) if given and given.is_file() else {})}
     index["_class_name"] = PIPELINES.get(in_channels, index["_class_name"])
-    with atomic_write(out / "model_index.json") as temporary:
-        temporary.write_text(json.dumps(index, indent=2) + "\n")
+    write_json(index, out / "model_index.json")
+
+
+def link(source: Path, target: Path) -> None:
+    """`target` becomes another name of the file `source`, or a copy where the disk knows no hard links; of a
+    folder, each file in it does."""
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        for path in source.iterdir():
+            if not path.name.startswith("."):
+                link(path, target / path.name)
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """Like `atomic_write` for a whole folder: it appears complete, synced and named, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for part in sorted(temporary.rglob("*")):
+            sync(part)
+        sync(temporary)
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():  # a folder cannot be replaced in one step
+            os.replace(path, old)
+        os.replace(temporary, path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def newest_checkpoint(out: Path) -> Path | None:
@@ -386,8 +388,14 @@ def newest_checkpoint(out: Path) -> Path | None:
     return max(complete, key=_step_of, default=None)
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
+def publish(out: Path, newest: Path, keep: int) -> None:
+    """OUT shows the weights of its newest checkpoint, and the last `keep` checkpoints stay."""
+    for path in newest.iterdir():
+        if path.name != "training":
+            link(path, out / path.name)
+    for path in sorted((out / "checkpoints").glob("step-*"), key=_step_of)[:-keep]:
+        path = path.rename(path.with_name(f".{path.name}.old"))  # so that half of one is never taken for one
+        shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -409,52 +417,3 @@ def new_checkpoint(out: Path, step: int, keep: int) -> Iterator[Path]:
         kept = f"{last} is intact: make room and --resume" if last else "there is no earlier checkpoint"
         raise OSError(f"cannot save {target} ({error.strerror or error}); {kept}") from None
     publish(out, target, keep)
-
-
-def publish(out: Path, newest: Path, keep: int) -> None:
-    """OUT shows the weights of its newest checkpoint, and the last `keep` checkpoints stay."""
-    for path in newest.iterdir():
-        if path.name != "training":
-            link(path, out / path.name)
-    for path in sorted((out / "checkpoints").glob("step-*"), key=_step_of)[:-keep]:
-        path = path.rename(path.with_name(f".{path.name}.old"))  # so that half of one is never taken for one
-        shutil.rmtree(path)
-
-
-# ---------------------------------------------------------------- one component, in and out
-
-
-def build(module_class: type, config_class: type, folder: Path) -> nn.Module:
-    """`module_class(config)` of a component folder, on the meta device, which costs nothing."""
-    config = read_config(config_class, folder / "config.json")
-    with torch.device("meta"):
-        return module_class(config)
-
-
-def load_component(
-    module_class: type,
-    config_class: type,
-    folder: Path,
-    dtype: torch.dtype | None,
-    device: str | torch.device,
-    aliases: dict[str, str] = {},
-):
-    """`module_class(config)` with the weights of `folder`."""
-    module = build(module_class, config_class, folder)
-    load_weights(module, folder, dtype, device, aliases)
-    return module.eval()
-
-
-def save_component(
-    module: nn.Module,
-    folder: Path,
-    stem: str = "diffusion_pytorch_model",
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    state: dict[str, Tensor] | None = None,
-    **stamps,
-) -> None:
-    """config.json and weights of a module with a `.config`, in the layout `load_component`, diffusers and
-    transformers read. stamps: config keys that say whose class it is, such as _class_name. state: in place of
-    the module's state_dict()."""
-    save_weights(state or module.state_dict(), folder, stem, max_shard_bytes)
-    write_config(module.config, folder / "config.json", **stamps)

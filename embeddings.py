@@ -46,14 +46,19 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 def patchify(x: Tensor, p_t: int, p: int) -> Tensor:
     """Cut a video into boxes of p_t frames × p × p: b c f h w -> b n (c p_t p p), channels slowest."""
-    x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, p_t))  # b c f p_t h p w p
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+    x = x.unflatten(4, (-1, p))
+    x = x.unflatten(3, (-1, p))
+    x = x.unflatten(2, (-1, p_t))  # b c f p_t h p w p
+    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)  # b f h w c p_t p p
+    return x.flatten(4).flatten(1, 3)
 
 
 def unpatchify(tokens: Tensor, grid: Grid, p_t: int, p: int) -> Tensor:
     """The inverse of `patchify`: b n (c p_t p p) -> b c f h w."""
-    x = tokens.unflatten(2, (-1, p_t, p, p)).unflatten(1, grid)  # b f h w c p_t p p
-    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    x = tokens.unflatten(2, (-1, p_t, p, p))
+    x = x.unflatten(1, grid)  # b f h w c p_t p p
+    x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # b c f p_t h p w p
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 # ---------------------------------------------------------------- positions that are added
@@ -62,8 +67,10 @@ def unpatchify(tokens: Tensor, grid: Grid, p_t: int, p: int) -> Tensor:
 def _sincos(dim: int, num: int, scale: float) -> Tensor:
     """[sin(x·ω), cos(x·ω)] for places x = i/scale, ω_i = 10000^(-2i/dim): num dim, float32.
 
-    Places are rounded to float32 and then multiplied by float64 frequencies, because the reference does."""
-    frequencies = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim / 2))
+    Places are rounded to float32 and then multiplied by float64 frequencies, because the reference does.
+    """
+    index = torch.arange(dim // 2, dtype=torch.float64, device="cpu")
+    frequencies = 10000 ** -(index / (dim / 2))
     places = torch.arange(num, dtype=torch.float32, device="cpu") / scale
     angles = torch.outer(places, frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
@@ -71,17 +78,18 @@ def _sincos(dim: int, num: int, scale: float) -> Tensor:
 
 def _stretch(table: Tensor, num: int) -> Tensor:
     """Linear interpolation between pixel centres (align_corners=False) of m dim -> num dim."""
-    return F.interpolate(table.T[None], size=num, mode="linear", align_corners=False)[0].T
+    table = table.T[None]  # 1 dim m
+    table = F.interpolate(table, size=num, mode="linear", align_corners=False)
+    return table[0].T
 
 
-def _per_token(frame: Tensor, row: Tensor, col: Tensor) -> list[Tensor]:
+def _per_token(frame: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Tables of the three axes (f a, rows b, cols c), each repeated along the other two: n a, n b, n c."""
-    f, rows, cols = len(frame), len(row), len(col)
-    return [
-        frame[:, None, None].expand(f, rows, cols, -1).flatten(0, 2),
-        row[None, :, None].expand(f, rows, cols, -1).flatten(0, 2),
-        col[None, None, :].expand(f, rows, cols, -1).flatten(0, 2),
-    ]
+    grid = (len(frame), len(row), len(col), -1)
+    frame = frame[:, None, None].expand(grid)
+    row = row[None, :, None].expand(grid)
+    col = col[None, None, :].expand(grid)
+    return frame.flatten(0, 2), row.flatten(0, 2), col.flatten(0, 2)
 
 
 # A table is as large as the tokens (400 MB at 2B and 53k tokens), so only the last few are kept. They are
@@ -105,11 +113,11 @@ def sincos_table(
     dim: a multiple of 16    scales: the places' unit, 1.875 in space and 1 in time in all released models
     """
     frames, rows, cols = grid
-    frame, row, col = _per_token(
-        _sincos(dim // 4, frames, temporal_scale),
-        _stretch(_sincos(3 * dim // 8, native[0], spatial_scale), rows),
-        _stretch(_sincos(3 * dim // 8, native[1], spatial_scale), cols),
-    )
+    native_rows, native_cols = native
+    frame = _sincos(dim // 4, frames, temporal_scale)
+    row = _sincos(3 * dim // 8, native_rows, spatial_scale)
+    col = _sincos(3 * dim // 8, native_cols, spatial_scale)
+    frame, row, col = _per_token(frame, _stretch(row, rows), _stretch(col, cols))
     video = torch.cat([frame, col, row], dim=-1)
     return F.pad(video, (0, 0, num_text, 0)).to(device)
 
@@ -123,11 +131,13 @@ def crop_region(rows: int, cols: int, native: tuple[int, int]) -> tuple[int, int
     Rounds size and offset half to even, as the reference does (get_resize_crop_region_for_grid).
     """
     native_rows, native_cols = native
+    height, width = native_rows, native_cols
     if rows / cols > native_rows / native_cols:  # narrower than native: full height
-        height, width = native_rows, round(native_rows / rows * cols)
+        width = round(native_rows / rows * cols)
     else:
-        height, width = round(native_cols / cols * rows), native_cols
-    top, left = round((native_rows - height) / 2), round((native_cols - width) / 2)
+        height = round(native_cols / cols * rows)
+    top = round((native_rows - height) / 2)
+    left = round((native_cols - width) / 2)
     return top, top + height, left, left + width
 
 
@@ -135,8 +145,10 @@ def _places(start: int, stop: int, num: int) -> Tensor:
     """start + (stop - start)·i/num for i = 0 … num-1, float32.
 
     Differs from recent diffusers (0.42), which ends at stop·(num-1)/num: the same only where start is 0, and
-    not what the weights were trained with."""
-    return (start + (stop - start) / num * torch.arange(num, dtype=torch.float64, device="cpu")).float()
+    not what the weights were trained with.
+    """
+    index = torch.arange(num, dtype=torch.float64, device="cpu")
+    return (start + (stop - start) / num * index).float()
 
 
 def _angles(dim: int, places: Tensor) -> Tensor:
@@ -159,12 +171,11 @@ def rope_table(
     """
     frames, rows, cols = grid
     top, bottom, left, right = crop_region(rows, cols, native) if native else (0, rows, 0, cols)
-    axes = _per_token(
-        _angles(head_dim // 4, _places(0, frames, frames)),
-        _angles(3 * head_dim // 8, _places(top, bottom, rows)),
-        _angles(3 * head_dim // 8, _places(left, right, cols)),
-    )
-    angles = F.pad(torch.cat(axes, dim=-1), (0, 0, num_text, 0)).to(device)  # text: angle 0, left as it is
+    frame = _angles(head_dim // 4, _places(0, frames, frames))
+    row = _angles(3 * head_dim // 8, _places(top, bottom, rows))
+    col = _angles(3 * head_dim // 8, _places(left, right, cols))
+    video = torch.cat(_per_token(frame, row, col), dim=-1)
+    angles = F.pad(video, (0, 0, num_text, 0)).to(device)  # text: angle 0, left as it is
     return angles.cos(), angles.sin()
 
 
@@ -177,5 +188,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     """
     cos, sin = rope
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    turned_even = even * cos - odd * sin
+    turned_odd = odd * cos + even * sin
+    return torch.stack([turned_even, turned_odd], dim=-1).flatten(-2).to(x.dtype)

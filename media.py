@@ -43,7 +43,6 @@ CLIP_ENDINGS = set(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m1v .m2v .vob .ts .mts .m2ts .wmv .asf .flv .f4v .3gp .3g2"
     " .ogv .mxf .dv .h264 .264 .hevc .h265 .ivf .y4m".split()
 )
-MAX_PIXELS, MAX_CLIP_PIXELS = 2**26, 2**31  # 8192x8192, and 32 of them: a small file may claim anything
 WHITE, BLACK = 255, 0
 notes: dict[str, str] = {}  # {file: what was changed in it that one may want to know}
 
@@ -57,8 +56,9 @@ def _note(path: object, text: str) -> None:
 
 def must_exist(path: str | Path) -> None:
     if not Path(path).is_file():
-        problem = "is a folder" if Path(path).is_dir() else "does not exist as a file"
-        raise FileNotFoundError(f"{path or 'an empty name'} {problem}; give the path of a file")
+        raise FileNotFoundError(
+            f"{path or 'an empty name'} does not exist as a file; give the path of a file"
+        )
 
 
 # ---------------------------------------------------------------- pictures
@@ -67,10 +67,7 @@ def must_exist(path: str | Path) -> None:
 def _open_picture(path: str | Path) -> Image.Image:
     is_tga = Path(path).suffix.lower() == ".tga"  # which its content does not tell from, say, an .mpg
     formats = ["TGA"] if is_tga else "PNG JPEG WEBP AVIF GIF BMP TIFF JPEG2000 PPM QOI".split()
-    picture = Image.open(path, formats=formats)
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{picture.width}x{picture.height} is too large")
-    return picture
+    return Image.open(path, formats=formats)
 
 
 def _picture_kind(path: str | Path) -> str:
@@ -109,9 +106,7 @@ def read_image(source: Picture, background: int = WHITE) -> np.ndarray:
             picture.load()
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"{source} is empty, damaged or no picture ({reason}); give a .png or .jpg"
-        ) from None
+        raise ValueError(f"{source} is damaged or no picture ({reason}); give a .png or .jpg") from None
     return _to_rgb(picture, source, background)
 
 
@@ -124,9 +119,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _to_rgb(picture: Image.Image, name: object, background: int) -> np.ndarray:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("I", "F"):
-        raise ValueError(
-            f"{name} has pixels of 32 bits, which do not say what is white; save it as 8-bit .png"
-        )
+        problem = f"{name} has pixels of 32 bits, which do not say what is white"
+        raise ValueError(f"{problem}; save it as 8-bit .png")
     if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
         picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
     if not picture.has_transparency_data:
@@ -170,7 +164,8 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     if (full_height, full_width) == (height, width):
         return frames
     scale = min(full_height / height, full_width / width)  # pixels of the file for one of ours
-    top, left = (full_height - height * scale) / 2, (full_width - width * scale) / 2
+    top = (full_height - height * scale) / 2
+    left = (full_width - width * scale) / 2
     return resize(frames, height, width, box=(left, top, full_width - left, full_height - top))
 
 
@@ -178,12 +173,7 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 MILLISECOND = 1e-3  # what containers round timestamps to: instants closer than that are the same
 JUMP = 10  # frames; times of bad files step back by a few, those of streams that were joined by more
-LEAD = 5  # seconds; a seek in a broadcast leads to no key frame, but they come at least so often
 HDR_CURVES = (16, 18)  # PQ and HLG, as FFmpeg numbers them
-
-# (seconds from the clip's first frame, whether it is damaged, what reads it as uint8 h w 3), and where the
-# clip ends (seconds, False, None)
-Timed = tuple[float, bool, Callable[[], np.ndarray] | None]
 
 
 class OpenClip(NamedTuple):
@@ -191,7 +181,13 @@ class OpenClip(NamedTuple):
     stream: object
     step: float  # seconds of a frame, where nothing else is said
     has_times: bool  # AVI and raw streams only count frames, in the order of decoding
-    is_broadcast: bool  # .ts, .mpg …: may be cut and joined anywhere
+    can_seek: bool  # .ts and .mpg may be cut and joined anywhere, so they are read from the beginning
+
+    def seconds(self, stamp: int | None) -> float | None:
+        """A timestamp of the stream, counted from its first frame."""
+        if stamp is None or not self.has_times:
+            return None
+        return float((stamp - (self.stream.start_time or 0)) * self.stream.time_base)
 
 
 @contextlib.contextmanager
@@ -202,60 +198,64 @@ def _open_clip(path: str | Path) -> Iterator[OpenClip]:
     try:
         absolute = str(Path(path).absolute())  # so that FFmpeg never takes a name for a protocol
         with av.open(absolute, metadata_errors="replace") as container:
-            kind, flags = container.format.name, av.format.Flags(container.format.flags)
             stream = container.streams.best("video")
             if stream is not None and stream.frames == 1:  # a cover that is not marked as one?
                 stream = next((other for other in container.streams.video if other.frames > 1), stream)
-            is_cover = stream is not None and stream.disposition & av.stream.Disposition.attached_pic
-            if stream is None or is_cover or kind == "tty":  # FFmpeg draws text files as terminals
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise ValueError(f"{path} holds no video; give an .mp4 or .gif")
             if container.metadata.get("major_brand", "").startswith(("hei", "mif1")):  # FFmpeg shows a tile
                 raise ValueError(f"{path} is a HEIC picture, which is not read here; convert it to .jpg")
-            if stream.width * stream.height > MAX_PIXELS:
-                raise ValueError(f"{path} is too large, {stream.width}x{stream.height}; make it smaller")
             stream.thread_count = 1  # threads read ahead, and may fail beyond the span
             step = float(1 / (stream.guessed_rate or stream.average_rate or 25))
-            has_times = kind != "avi" and av.format.Flags.no_timestamps not in flags
-            yield OpenClip(container, stream, step, has_times, av.format.Flags.ts_discont in flags)
+            flags = av.format.Flags(container.format.flags)
+            has_times = container.format.name != "avi" and av.format.Flags.no_timestamps not in flags
+            can_seek = has_times and av.format.Flags.ts_discont not in flags
+            yield OpenClip(container, stream, step, has_times, can_seek)
     except (av.FFmpegError, IndexError) as error:  # IndexError: PyAV's, where a stream appears on the way
         reason = f"{path} is empty, damaged or no clip ({getattr(error, 'strerror', error)})"
         raise ValueError(f"{reason}; make it again, for instance as .mp4") from None
 
 
 def _decode(clip: OpenClip) -> Iterator:
-    """PyAV's frames, in order. What comes first and cannot be decoded is skipped: a stream may be cut."""
+    """PyAV's frames, in order."""
     import av
 
     decoder = clip.stream.codec_context
-    if clip.stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders leave WebM's transparency out
+    tags = {name.lower(): value for name, value in clip.stream.metadata.items()}
+    if tags.get("alpha_mode") == "1":  # FFmpeg's own decoders leave WebM's transparency out
         decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
-    has_begun = False
     for packet in clip.container.demux(clip.stream):
-        try:
-            frames = decoder.decode(packet if packet.size else None)
-        except av.InvalidDataError:
-            if has_begun:
-                raise
-            continue
-        has_begun = has_begun or bool(frames)
-        yield from frames
+        yield from decoder.decode(packet if packet.size else None)
 
 
 def _as_shown(frame, aspect: Fraction | None, path: str | Path, background: int) -> np.ndarray:
     """uint8 h w 3 with square pixels, turned and mirrored by the display matrix of a phone."""
-    is_clear = any(part.is_alpha for part in frame.format.components)
     if frame.color_trc in HDR_CURVES:
         _note(path, "is HDR (PQ or HLG) and will look flat and grey; convert it to SDR first")
-    layout, width = "rgba" if is_clear else "rgb24", round(frame.width * (aspect or 1))
-    pixels = frame.to_ndarray(format=layout, width=max(1, width), threads=1)
-    if is_clear:
-        pixels = _to_rgb(Image.fromarray(pixels), path, background)
+    width = max(1, round(frame.width * (aspect or 1)))
+    if any(part.is_alpha for part in frame.format.components):
+        picture = Image.fromarray(frame.to_ndarray(format="rgba", width=width, threads=1))
+        pixels = _to_rgb(picture, path, background)
+    else:
+        pixels = frame.to_ndarray(format="rgb24", width=width, threads=1)
     if matrix := frame.side_data.get("DISPLAYMATRIX"):
         a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]  # shown x = a x + c y, y = b x + d y
-        if abs(b) > abs(a):
-            pixels, a, d = pixels.swapaxes(0, 1), c, b
-        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        if abs(b) > abs(a):  # a quarter turn: x and y change places
+            pixels = pixels.swapaxes(0, 1)
+            a, d = c, b
+        if a < 0:
+            pixels = pixels[:, ::-1]
+        if d < 0:
+            pixels = pixels[::-1]
     return pixels
+
+
+class Timed(NamedTuple):
+    """A frame of a clip and when it begins; the last one only says when the clip ends."""
+
+    seconds: float  # from the clip's first frame
+    is_damaged: bool = False
+    read: Callable[[], np.ndarray] | None = None  # uint8 h w 3
 
 
 def _stream_frames(path: str | Path, start: float, background: int) -> Iterator[Timed]:
@@ -263,27 +263,27 @@ def _stream_frames(path: str | Path, start: float, background: int) -> Iterator[
     import av
 
     with _open_clip(path) as clip:
-        stream, step = clip.stream, clip.step
-        origin, tick = stream.start_time or 0, stream.time_base
-        if start > 0 and clip.has_times and not (clip.is_broadcast and _measure(path).is_joined):
-            early = max(0, start - LEAD) if clip.is_broadcast else start
+        stream = clip.stream
+        if start > 0 and clip.can_seek:
+            stamp = (stream.start_time or 0) + int(start / stream.time_base)
             with contextlib.suppress(av.FFmpegError):  # not every format can: then from the beginning
-                clip.container.seek(origin + int(early / tick), stream=stream)
-        seconds, shift, duration = -step, 0.0, step
+                clip.container.seek(stamp, stream=stream)
+        expected = 0.0  # a frame's length after the last
+        late = 0.0  # seconds by which the present stream is, if streams were joined
+        duration = 0.0
         for frame in _decode(clip):
-            expected = seconds + step
-            seconds = expected
-            if clip.has_times and frame.pts is not None:
-                seconds = float((frame.pts - origin) * tick) + shift
-            if seconds < expected - JUMP * step:  # another stream's first frame
-                shift += expected - seconds
+            seconds = clip.seconds(frame.pts)
+            seconds = expected if seconds is None else seconds + late
+            if seconds < expected - JUMP * clip.step:  # another stream's first frame
+                late += expected - seconds
                 seconds = expected
-            duration = float((frame.duration or 0) * tick)
+            expected = seconds + clip.step
+            duration = float((frame.duration or 0) * stream.time_base)
             read = functools.partial(_as_shown, frame, stream.sample_aspect_ratio, path, background)
-            yield seconds, frame.is_corrupt, read
-        if duration <= MILLISECOND:  # what writers put who do not know
-            duration = step
-        yield seconds + duration, False, None
+            yield Timed(seconds, frame.is_corrupt, read)
+        if duration > MILLISECOND:  # less is what writers put who do not know
+            expected += duration - clip.step
+        yield Timed(expected)
 
 
 def _animation_frames(path: str | Path, background: int) -> Iterator[Timed]:
@@ -293,9 +293,11 @@ def _animation_frames(path: str | Path, background: int) -> Iterator[Timed]:
             seconds = 0.0
             for index in range(picture.n_frames):
                 picture.seek(index)
-                yield seconds, False, functools.partial(_to_rgb, picture.copy(), path, background)
+                read = functools.partial(_to_rgb, picture.copy(), path, background)
+                yield Timed(seconds, read=read)
                 seconds += (picture.info.get("duration") or 100) / 1000
-            yield seconds - (0.005 if picture.format == "GIF" else 0), False, None  # it counts in 1/100 s
+            rounding = 0.005 if picture.format == "GIF" else 0  # it counts in 1/100 s
+            yield Timed(seconds - rounding)
     except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}); make it again, for instance as .mp4") from None
 
@@ -321,47 +323,37 @@ def shown_frames(path: str | Path, start: float = 0.0, background: int = WHITE) 
         raise ValueError(f"{path} is a picture; a clip (.mp4, .gif, …) is needed here")
     frames = _animation_frames(path, background) if kind else _stream_frames(path, start, background)
     first = next(frames)
-    if start > 0 and (first[0] > start or first[2] is None):  # the seek led past it
+    if start > 0 and (first.seconds > start or first.read is None):  # the seek led past it
         frames.close()
         frames = _stream_frames(path, 0, background)
         first = next(frames)
-    for (begin, is_damaged, read), (end, _, follows) in itertools.pairwise(itertools.chain([first], frames)):
-        until = (begin + end + MILLISECOND) / 2 if follows else end - MILLISECOND
-        yield Shown(begin, end, until, is_damaged, read)
+    for frame, following in itertools.pairwise(itertools.chain([first], frames)):
+        begin, end = frame.seconds, following.seconds
+        until = (begin + end + MILLISECOND) / 2 if following.read else end - MILLISECOND
+        yield Shown(begin, end, until, frame.is_damaged, frame.read)
 
 
-class Measure(NamedTuple):
-    num_frames: int
-    seconds: float
-    is_joined: bool  # a broadcast whose time jumps back on the way
-
-
-def _measure(path: str | Path) -> Measure:
-    """How long a clip is, from its header, else by going through its packets; each file once."""
-    stat = Path(path).stat()
-    return _measure_once(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.cache
-def _measure_once(path: str | Path, *_) -> Measure:
+def _measure(path: str | Path) -> tuple[int, float]:
+    """Frames and seconds of a clip, from its header, else by going through its packets."""
     if _picture_kind(path) == "animation":
-        *times, end = (seconds for seconds, *_ in _animation_frames(path, WHITE))
-        return Measure(len(times), end, False)
-    with _open_clip(path) as (container, stream, step, has_times, _):
+        *frames, end = _animation_frames(path, WHITE)
+        return len(frames), end.seconds
+    with _open_clip(path) as clip:
+        stream = clip.stream
         if stream.frames > 0 and (stream.duration or 0) > 0:
             num_cut = sum(entry.is_discard for entry in stream.index_entries)  # a trimmed .mp4 keeps them
-            return Measure(max(1, stream.frames - num_cut), float(stream.duration * stream.time_base), False)
-        num_frames, seconds, is_joined, last = 0, 0.0, False, None
-        for packet in container.demux(stream):
+            return max(1, stream.frames - num_cut), float(stream.duration * stream.time_base)
+        num_frames = 0
+        seconds = 0.0
+        last = None  # the time of the packet before
+        for packet in clip.container.demux(stream):
             if packet.size:
                 num_frames += 1
-                stamp = packet.dts if has_times else None
-                gap = step if stamp is None or last is None else float((stamp - last) * stream.time_base)
-                jumps = gap < -JUMP * step
-                is_joined = is_joined or jumps
-                seconds += step if jumps else gap
-                last = stamp
-    return Measure(num_frames, seconds, is_joined)
+                time = clip.seconds(packet.dts)
+                gap = clip.step if time is None or last is None else time - last
+                seconds += clip.step if gap < -JUMP * clip.step else gap
+                last = time
+    return num_frames, seconds
 
 
 # ---------------------------------------------------------------- clips in
@@ -381,7 +373,7 @@ def probe_video(path: str | Path) -> ClipInfo:
     if first is None:
         raise ValueError(f"{path} has no frames; make it again")
     height, width = first.read().shape[:2]
-    num_frames, seconds, _ = _measure(path)
+    num_frames, seconds = _measure(path)
     return ClipInfo(num_frames, num_frames / seconds, height, width, seconds)
 
 
@@ -403,16 +395,14 @@ def read_video(
         return _checked_frames(np.asarray(source), "a clip")[:num_frames]
     frames: list[np.ndarray] = []
     for shown in shown_frames(source, start, background):
-        count = int(shown.begin > start - MILLISECOND)
-        if fps is not None:
+        if fps is None:
+            count = int(shown.begin > start - MILLISECOND)
+        else:  # of the instants up to `until`, those that are not yet taken
             count = max(0, math.ceil((shown.until - start) * fps) - len(frames))
         if num_frames is not None:
             count = min(count, num_frames - len(frames))
         if count:
-            frame = shown.read()
-            if frame.size * (len(frames) + count) > 3 * MAX_CLIP_PIXELS:
-                raise ValueError(f"{source} is too large, {frame.shape[1]}x{frame.shape[0]}; make it smaller")
-            frames += [frame] * count
+            frames += [shown.read()] * count
         if len(frames) == num_frames:
             break
     if not frames:
@@ -435,11 +425,14 @@ def read_mask(source: Picture, num_frames: int, height: int, width: int, fps: fl
         frames = read_image(source, BLACK)[None]
     else:
         frames = np.asarray(source)
-        frames = frames.astype(np.uint8) * 255 if frames.dtype == bool else frames
-        frames = frames[None] if frames.ndim == 2 or frames.ndim == 3 and frames.shape[-1] == 3 else frames
-        frames = frames[..., 0] if frames.ndim == 4 and frames.shape[-1] == 1 else frames
-    name = source if isinstance(source, (str, Path)) else "the mask"
+        if frames.dtype == bool:
+            frames = frames.astype(np.uint8) * 255
+        if frames.ndim == 2 or frames.ndim == 3 and frames.shape[-1] == 3:
+            frames = frames[None]
+        if frames.ndim == 4 and frames.shape[-1] == 1:
+            frames = frames[..., 0]
     if 1 < len(frames) < num_frames:
+        name = source if isinstance(source, (str, Path)) else "the mask"
         raise ValueError(f"{name} has {len(frames)} frames, the clip {num_frames}; give a picture or as many")
     grey = [np.asarray(_from_array(frame).convert("L")) for frame in frames[:num_frames]]
     white = torch.from_numpy(np.stack([resize(frame, height, width) >= 240 for frame in grey]))
@@ -463,9 +456,8 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
 
     Rounds to nearest as diffusers' export does; the reference's truncates, which darkens by half a step.
     """
-    return (
-        ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).movedim(-4, -1).cpu().numpy()
-    )
+    levels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
+    return levels.round().to(torch.uint8).movedim(-4, -1).cpu().numpy()
 
 
 # ---------------------------------------------------------------- clips out
@@ -537,9 +529,5 @@ def _write_gif(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
 
 def _write_strip(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
     frames = np.concatenate(list(chunks))
-    Image.fromarray(np.concatenate(frames[_evenly(len(frames), 8)], axis=1)).save(path)
-
-
-def _evenly(num: int, most: int) -> list[int]:
-    """At most `most` indices out of `num`, evenly spread, the first and last among them."""
-    return [round(i) for i in np.linspace(0, num - 1, min(num, most))]
+    shown = np.linspace(0, len(frames) - 1, min(len(frames), 8)).round().astype(int)
+    Image.fromarray(np.concatenate(frames[shown], axis=1)).save(path)

@@ -127,7 +127,8 @@ def choose_device(name: str | None = None) -> torch.device:
     raises ValueError if it is not there
     """
     if NUM_RANKS > 1 and torch.cuda.is_available() and name in (None, "cuda"):
-        rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        rank = int(os.environ["LOCAL_RANK"])
+        count = torch.cuda.device_count()
         if rank >= count:
             raise ValueError(f"there are more processes than GPUs; try --nproc_per_node={count}")
         name = f"cuda:{rank}"
@@ -226,9 +227,8 @@ def in_one_line(error: BaseException, memory_remedy: str) -> str | None:
     elif isinstance(error, OSError) and error.errno is not None:
         message = f"{error.filename or 'a file'}: {error.strerror}; is the path right, and is there room?"
     elif isinstance(error, ModuleNotFoundError) and "." not in (error.name or "."):
-        message = (
-            f"{error.name} is not here, which is needed for this"  # a file that may be deleted, or a package
-        )
+        # of a package, or of a file that may be deleted
+        message = f"{error.name} is not here, which is needed for this"
     elif isinstance(error, (ValueError, OSError)):
         message = str(error)
     elif isinstance(error, KeyboardInterrupt):

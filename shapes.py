@@ -15,6 +15,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,12 +33,21 @@ COLORS = {
     "cyan": (0, 255, 255),
     "magenta": (255, 0, 255),
 }
-# From the centroid to the nearest edge, and how far the shape reaches at the sides, above and below; in radii
-# of the circle of equal area, so that size never tells the shape. The triangle is equilateral and points up.
+
+
+class Reach(NamedTuple):
+    """From the centroid, in radii of the circle of equal area, so that size never tells the shape."""
+
+    edge: float  # the nearest
+    sides: float
+    above: float
+    below: float
+
+
 SHAPES = {
-    "circle": (1.0, 1.0, 1.0, 1.0),
-    "square": (0.8862, 0.8862, 0.8862, 0.8862),
-    "triangle": (0.7776, 1.3468, 1.5551, 0.7776),
+    "circle": Reach(1.0, 1.0, 1.0, 1.0),
+    "square": Reach(0.8862, 0.8862, 0.8862, 0.8862),
+    "triangle": Reach(0.7776, 1.3468, 1.5551, 0.7776),  # equilateral, and points up
 }
 MOTIONS = ["moves left", "moves right", "moves up", "moves down", "grows", "shrinks", "stays still"]
 DIRECTIONS = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
@@ -58,7 +68,7 @@ def is_held_out(combination: tuple[str, str, str, str]) -> bool:
     These 38 combinations are never trained on. Every word loses 9 to 11 % of its combinations, every pair of
     words at most 1/6, every triple at most 1/3: all parts of a held-out prompt are known, only not together.
     """
-    color, shape, motion, background = (list(part).index(word) for part, word in zip(GRAMMAR, combination))
+    color, shape, motion, background = (list(words).index(word) for words, word in zip(GRAMMAR, combination))
     return (color + shape + 3 * motion + 3 * background) % 10 == 0
 
 
@@ -106,29 +116,44 @@ def sample_scene(seed: int, index: int, combinations: Sequence[tuple] = TRAINING
     """Scene number `index` of the endless list `seed`: the same for every size, frame count and machine."""
     rng = random.Random(f"{seed}/{index}")
     combination = combinations[int(rng.random() * len(combinations))]
-    resizes = combination[2] in ("grows", "shrinks")
-    radius = rng.uniform(0.13, 0.16) if resizes else rng.uniform(0.14, 0.22)
-    growth = rng.uniform(1.5, 2.0)  # 2.25 … 4 times the area; the promise is 2
-    return Scene(*combination, radius, growth, rng.random(), (rng.random(), rng.random()))
+    color, shape, motion, background = combination
+    smallest, largest = (0.13, 0.16) if motion in ("grows", "shrinks") else (0.14, 0.22)
+    return Scene(
+        color,
+        shape,
+        motion,
+        background,
+        radius=rng.uniform(smallest, largest),
+        growth=rng.uniform(1.5, 2.0),  # 2.25 … 4 times the area; the promise is 2
+        travel=rng.random(),
+        place=(rng.random(), rng.random()),
+    )
 
 
-def _ends(side: float, before: float, after: float, direction: int, travel: float, place: float) -> tuple:
-    """First and last coordinate along a side, for a shape that reaches `before` and `after` its centroid."""
+def _first_and_last_place(
+    side: float, before: float, after: float, direction: int, travel: float, place: float
+) -> tuple[float, float]:
+    """Along one side of the picture, for a shape that reaches `before` and `after` its centroid."""
     room = side - before - after - 2 * MARGIN
     shortest = SHORTEST_MOVE * side
     distance = abs(direction) * (shortest + travel * (room - shortest))
     low = MARGIN + before + place * (room - distance)
-    return (low, low + distance) if direction >= 0 else (low + distance, low)
+    high = low + distance
+    return (low, high) if direction >= 0 else (high, low)
 
 
 def first_and_last(scene: Scene, height: int, width: int) -> list[tuple[float, float, float]]:
     """x and y of the centroid and the radius, in pixels, in frames 0 and 16; wholly visible in both."""
     unit = min(height, width)
     radii = {"grows": (1, scene.growth), "shrinks": (scene.growth, 1)}.get(scene.motion, (1, 1))
-    sides, above, below = (reach * scene.radius * max(radii) for reach in SHAPES[scene.shape][1:])
+    reach = SHAPES[scene.shape]
+    sides = reach.sides * scene.radius * max(radii)
+    above = reach.above * scene.radius * max(radii)
+    below = reach.below * scene.radius * max(radii)
     right, down = DIRECTIONS.get(scene.motion, (0, 0))
-    xs = _ends(width / unit, sides, sides, right, scene.travel, scene.place[0])
-    ys = _ends(height / unit, above, below, down, scene.travel, scene.place[1])
+    x_place, y_place = scene.place
+    xs = _first_and_last_place(width / unit, sides, sides, right, scene.travel, x_place)
+    ys = _first_and_last_place(height / unit, above, below, down, scene.travel, y_place)
     return [(x * unit, y * unit, r * scene.radius * unit) for x, y, r in zip(xs, ys, radii)]
 
 
@@ -146,7 +171,7 @@ def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
         distance = torch.maximum(x.abs(), y.abs())
     else:  # the largest of the distances along the normals of its three sides
         distance = torch.maximum(y, 0.75**0.5 * x.abs() - y / 2)
-    return (SHAPES[shape][0] * radius + 0.5 - distance).clamp_(0, 1)
+    return (SHAPES[shape].edge * radius + 0.5 - distance).clamp_(0, 1)
 
 
 def draw(
@@ -167,21 +192,25 @@ def draw(
     starts = torch.as_tensor(start, device=device).view(-1, 1)
     last_frame = max(CLIP_FRAMES, length or int(starts.max()) + num_frames) - 1
     time = (starts + torch.arange(num_frames, device=device)) / last_frame  # b f, or 1 f; 0 … 1
-    ends = torch.tensor([first_and_last(scene, height, width) for scene in scenes], device=device)  # b 2 3
-    first, last = ends[..., None].unbind(1)  # b 3 1
+    ends = torch.tensor([first_and_last(scene, height, width) for scene in scenes], device=device)
+    first, last = ends[..., None].unbind(1)  # b 3 1: x, y and radius
     x, y, _ = torch.lerp(first, last, time[:, None]).unbind(1)  # b f
     radius = first[:, 2] * (last[:, 2] / first[:, 2]) ** time  # b f; by a constant rate all crops grow alike
-    x = (torch.arange(width, device=device) + 0.5 - x[..., None])[..., None, :]  # b f 1 w
-    y = (torch.arange(height, device=device) + 0.5 - y[..., None])[..., None]  # b f h 1
+    columns = torch.arange(width, device=device) + 0.5
+    rows = torch.arange(height, device=device) + 0.5
+    x = (columns - x[..., None])[..., None, :]  # b f 1 w
+    y = (rows - y[..., None])[..., None]  # b f h 1
+    radius = radius[..., None, None]
     colors = torch.tensor([COLORS[scene.color] for scene in scenes], device=device)
     grounds = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], device=device)
     frames = torch.empty(len(scenes), num_frames, height, width, 3, dtype=torch.uint8, device=device)
     for shape in SHAPES:
-        rows = [i for i, scene in enumerate(scenes) if scene.shape == shape]
-        covered = coverage(shape, x[rows], y[rows], radius[rows, :, None, None])  # b f h w
+        chosen = [i for i, scene in enumerate(scenes) if scene.shape == shape]
+        covered = coverage(shape, x[chosen], y[chosen], radius[chosen])  # b f h w
+        ground = grounds[chosen].view(-1, 1, 1, 1) + 0.5  # + 0.5 and cut: rounded
         for c in range(3):
-            under, over = (level[rows, None, None, None] + 0.5 for level in (grounds, colors[:, c]))
-            frames[rows, ..., c] = torch.lerp(under, over, covered).to(torch.uint8)  # + 0.5 and cut: rounded
+            color = colors[chosen, c].view(-1, 1, 1, 1) + 0.5
+            frames[chosen, ..., c] = torch.lerp(ground, color, covered).to(torch.uint8)
     return frames
 
 
@@ -192,15 +221,11 @@ class Clip:
     scene: Scene
     size: tuple[int, int] = (128, 128)  # height, width
     num_frames: int = CLIP_FRAMES
-    fps: float = 8.0
-
-    @property
-    def kind(self) -> str:
-        return "video" if self.num_frames > 1 else "image"
 
     def read(self, start: int, num_frames: int, size: tuple[int, int] | None = None) -> np.ndarray:
         """uint8 f h w c; any other `size` is drawn directly, so that nothing is resized or cropped."""
-        return draw([self.scene], num_frames, *(size or self.size), start, self.num_frames)[0].numpy()
+        height, width = size or self.size
+        return draw([self.scene], num_frames, height, width, start, self.num_frames)[0].numpy()
 
 
 def records(
@@ -212,8 +237,11 @@ def records(
 ) -> list[Clip]:
     """The first `count` clips of the list `seed`, in sizes taken in turn; each is drawn when it is read."""
     combinations = HELD_OUT if held_out else TRAINING
-    scenes = (sample_scene(seed, index, combinations) for index in range(count))
-    return [Clip(scene, sizes[i % len(sizes)], num_frames) for i, scene in enumerate(scenes)]
+    clips = []
+    for index in range(count):
+        scene = sample_scene(seed, index, combinations)
+        clips.append(Clip(scene, sizes[index % len(sizes)], num_frames))
+    return clips
 
 
 # ---------------------------------------------------------------- reading it back
@@ -231,14 +259,18 @@ def read_attributes(frames: Tensor | np.ndarray) -> dict | None:
     """
     frames = torch.as_tensor(frames).float() / 255
     _, height, width, _ = frames.shape
+    smallest = 0.005 * height * width  # drawn objects cover at least 0.013, in pictures of 1:4
+
     border = torch.cat([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], dim=1)
     ground = border.flatten(0, 1).median(dim=0).values
     grays = torch.tensor(list(BACKGROUNDS.values()))[:, None] / 255
-    deviation, nearest = (grays - ground).abs().amax(dim=1).min(dim=0)
+    deviation, background = (grays - ground).abs().amax(dim=1).min(dim=0)
+    if deviation > 0.25:
+        return None
+
     offset = frames - ground  # f h w c
     inside = offset.norm(dim=-1) > 0.4  # drawn colours lie 0.87 … 1.4 from the grays
-    smallest = 0.005 * height * width  # drawn objects cover at least 0.013, in pictures of 1:4
-    if deviation > 0.25 or inside.sum() < smallest:
+    if inside.sum() < smallest:
         return None
     color = offset[inside].median(dim=0).values
     hues = torch.tensor(list(COLORS.values())) / 255
@@ -248,18 +280,16 @@ def read_attributes(frames: Tensor | np.ndarray) -> dict | None:
     areas = mask.sum((1, 2))
     if areas.min() < smallest:
         return None
-    x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
+    x = torch.arange(width) + 0.5
+    y = torch.arange(height) + 0.5
     centres = torch.stack([mask.sum(1) @ x, mask.sum(2) @ y], dim=1) / areas[:, None]  # f 2
-    x, y = (x - centres[:, :1])[:, None, :], (y - centres[:, 1:])[:, :, None]
-    radius = (areas / torch.pi).sqrt()[:, None, None]
-    templates = torch.stack([_harden(coverage(shape, x, y, radius)) for shape in SHAPES])  # 3 f h w
-    fits = torch.minimum(templates, mask).sum((2, 3)) / torch.maximum(templates, mask).sum((2, 3))  # 3 f
+    fits = _fits(mask, x, y, centres, areas)  # 3 f
     best = int(fits.mean(dim=1).argmax())
     return {
         "color": list(COLORS)[int(likeness.argmax())] if likeness.max() > 0.2 else None,  # drawn: 0.82
         "shape": list(SHAPES)[best] if fits[best].mean() > 0.7 else None,
         "motion": _read_motion(centres, areas, height, width) if len(frames) > 1 else None,
-        "background": list(BACKGROUNDS)[int(nearest)],
+        "background": list(BACKGROUNDS)[int(background)],
         "centres": centres,
         "areas": areas,
         "fit": fits[best],
@@ -271,13 +301,31 @@ def _harden(mask: Tensor) -> Tensor:
     return (2 * mask - 0.5).clamp_(0, 1)
 
 
+def _fits(mask: Tensor, x: Tensor, y: Tensor, centres: Tensor, areas: Tensor) -> Tensor:
+    """Intersection / union of a mask f h w with each shape drawn at its place and in its size: 3 f."""
+    x = (x - centres[:, :1])[:, None, :]  # f 1 w
+    y = (y - centres[:, 1:])[:, :, None]  # f h 1
+    radius = (areas / torch.pi).sqrt()[:, None, None]
+    drawn = torch.stack([_harden(coverage(shape, x, y, radius)) for shape in SHAPES])  # 3 f h w
+    return torch.minimum(drawn, mask).sum((2, 3)) / torch.maximum(drawn, mask).sum((2, 3))
+
+
 def _read_motion(centres: Tensor, areas: Tensor, height: int, width: int) -> str:
     """First against last frame: a move counts from half of 25 % of the side, growth from half of log 2 in
-    area, both less by a crop's share of the motion; the larger, each by its measure, decides."""
-    share = min(1, (len(areas) - 1) / (CLIP_FRAMES - 1))
-    x, y = ((centres[-1] - centres[0]) / torch.tensor([width, height]) / (0.125 * share)).tolist()
-    growth = float((areas[-1] / areas[0]).log2()) / (0.5 * share)
-    amounts = dict(zip(MOTIONS, [-x, x, -y, y, growth, -growth, 1.0]))  # stays still: none above 1
+    area, both less by a crop's part of the motion; the larger, each by its measure, decides."""
+    part = min(1, (len(areas) - 1) / (CLIP_FRAMES - 1))
+    moved = (centres[-1] - centres[0]) / torch.tensor([width, height])
+    right, down = (moved / (0.125 * part)).tolist()
+    growth = float((areas[-1] / areas[0]).log2()) / (0.5 * part)
+    amounts = {
+        "moves left": -right,
+        "moves right": right,
+        "moves up": -down,
+        "moves down": down,
+        "grows": growth,
+        "shrinks": -growth,
+        "stays still": 1.0,  # if none is above
+    }
     return max(amounts, key=amounts.get)
 
 

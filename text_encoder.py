@@ -14,7 +14,6 @@ normalizer.cc. Padding is attended to like any other token: the video models wer
 b batch, L text tokens (226 in CogVideoX), d model width; heads and d_kv (the width of one head) in words
 """
 
-import contextlib
 import math
 import re
 import struct
@@ -36,7 +35,6 @@ from checkpoint import (
     component_dir,
     load_component,
     only,
-    read_json,
     read_tensors,
     save_component,
 )
@@ -51,55 +49,56 @@ NORMAL, USER_DEFINED, BYTE = 1, 4, 6  # SentencePiece.Type; the other types neve
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) for each field of a message: varints as int, all else as raw bytes.
 
-    raises ValueError or IndexError where the message ends early.  Source: protobuf.dev, "Encoding".
+    raises IndexError where the message ends early, KeyError at what is no message  (protobuf.dev, "Encoding")
     """
-
-    def varint(position: int) -> tuple[int, int]:
-        value = 0
-        for shift in range(0, 70, 7):  # 64 bits, seven per byte, low ones first
-            value |= (message[position] & 127) << shift
-            position += 1
-            if message[position - 1] < 128:
-                return value, position
-        raise ValueError("a varint has no end")
-
     position = 0
+
+    def varint() -> int:
+        """Seven bits a byte, low ones first; the eighth says whether more follow."""
+        nonlocal position
+        value, shift = 0, 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
     while position < len(message):
-        key, position = varint(position)
+        key = varint()
         kind = key & 7
         if kind == 0:
-            value, position = varint(position)
-        elif kind in (1, 2, 5):  # eight bytes, length-delimited, four bytes
-            size = {1: 8, 5: 4}.get(kind)
-            if size is None:
-                size, position = varint(position)
-            value = message[position : position + size]
-            position += size
-            if len(value) < size:
-                raise ValueError("a field is cut off")
+            yield key >> 3, varint()
         else:
-            raise ValueError(f"wire type {kind} is unknown")
-        yield key >> 3, value
+            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            position += size
+            if position > len(message):
+                raise IndexError("a field is cut off")
+            yield key >> 3, message[position - size : position]
+
+
+def _child(unit: int) -> int:
+    """What darts-clone calls the offset: XORed with the next byte it gives the next unit."""
+    return unit >> 10 << ((unit & 512) >> 6)
 
 
 class Normalizer:
-    """sentencepiece's normalisation: replace by rules, collapse spaces, write them as ▁.
+    """sentencepiece's normalisation: a space in front, replace by rules, collapse spaces, write them as ▁.
 
     charsmap: u32 size; a double-array trie of that many bytes, in u32 units (darts-clone); the replacements,
     zero-terminated, to which the trie's values are offsets. Empty: no rules.
     """
 
-    def __init__(self, charsmap: bytes, add_prefix: bool, collapse_spaces: bool) -> None:
+    def __init__(self, charsmap: bytes) -> None:
         size = int.from_bytes(charsmap[:4], "little")
-        if charsmap and (size % 4 or not 4 <= size < len(charsmap) - 4):
-            raise ValueError("the table of replacements is cut off")
         self.units = struct.unpack_from(f"<{size // 4}I", charsmap, 4) if charsmap else (0,) * 256
         self.replacements = charsmap[4 + size :]
-        self.add_prefix, self.collapse_spaces = add_prefix, collapse_spaces
 
     def rule_at(self, text: bytes, start: int) -> tuple[bytes, int]:
         """(replacement, end of what it replaces) of the longest rule at `start`, or of one character."""
-        found, end = None, start + 1 + sum(text[start] >= lead for lead in (0xC0, 0xE0, 0xF0))  # one of UTF-8
+        end = start + 1 + sum(text[start] >= lead for lead in (0xC0, 0xE0, 0xF0))  # one character of UTF-8
+        replacement = text[start:end]
         node = _child(self.units[0])
         for i in range(start, len(text)):
             node ^= text[i]
@@ -108,33 +107,25 @@ class Normalizer:
                 break
             node ^= _child(unit)
             if unit >> 8 & 1:  # a rule ends here
-                found, end = self.units[node] & 0x7FFFFFFF, i + 1
-        if found is None:
-            return text[start:end], end
-        return self.replacements[found : self.replacements.index(0, found)], end
+                offset = self.units[node] & 0x7FFFFFFF
+                replacement = self.replacements[offset : self.replacements.index(0, offset)]
+                end = i + 1
+        return replacement, end
 
     def __call__(self, text: str) -> str:
-        """raises ValueError if the table of rules is damaged"""
-        source, parts, start = text.encode(), [], 0
-        after_space = self.collapse_spaces  # so leading spaces go, too
-        try:
-            while start < len(source):
-                part, start = self.rule_at(source, start)
-                if after_space:
-                    part = part.lstrip(b" ")
-                if part:
-                    parts.append(part)
-                    after_space = self.collapse_spaces and part.endswith(b" ")
-            text = b"".join(parts).decode()
-        except (IndexError, ValueError):  # a unit, an offset or a replacement outside all reason
-            raise ValueError("the tokenizer's table of replacements is damaged; download it again") from None
-        text = SPACE * (self.add_prefix and bool(source)) + text.replace(" ", SPACE)
-        return text.rstrip(SPACE) if self.collapse_spaces else text
-
-
-def _child(unit: int) -> int:
-    """What darts-clone calls the offset: XORed with the next byte it gives the next unit."""
-    return unit >> 10 << ((unit & 512) >> 6)
+        source = text.encode()
+        parts = []
+        start = 0
+        after_space = True  # so leading spaces go, too
+        while start < len(source):
+            part, start = self.rule_at(source, start)
+            if after_space:
+                part = part.lstrip(b" ")
+            if part:
+                parts.append(part)
+                after_space = part.endswith(b" ")
+        text = " " + b"".join(parts).decode()
+        return text.replace(" ", SPACE).rstrip(SPACE)
 
 
 def read_spiece(path: Path) -> tuple[list[tuple[str, float, int]], Normalizer]:
@@ -148,71 +139,48 @@ def read_spiece(path: Path) -> tuple[list[tuple[str, float, int]], Normalizer]:
             if number == 1:
                 piece = dict(protobuf_fields(value))
                 (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-                pieces.append((piece[1].decode(), score, int(piece.get(3, NORMAL))))
+                pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
             elif number == 2:
                 trainer = dict(protobuf_fields(value))
             elif number == 3:
                 normalizer = dict(protobuf_fields(value))
-        add_prefix, collapse_spaces, escape = (normalizer.get(n, 1) == 1 for n in (3, 4, 5))
-        normalize = Normalizer(bytes(normalizer.get(2, b"")), add_prefix, collapse_spaces)
-        if not all(text and math.isfinite(score) for text, score, _ in pieces):
-            raise ValueError("an empty piece, or a score that is no number")
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, struct.error) as error:
-        raise ValueError(
-            f"{path} is damaged or no sentencepiece model ({error}); download it again"
-        ) from None
+        normalize = Normalizer(normalizer.get(2, b""))
+    except (ValueError, TypeError, LookupError, AttributeError, struct.error):  # what no message makes of it
+        raise ValueError(f"{path} is damaged or no sentencepiece model; download it again") from None
     names = {text for text, _, _ in pieces}
-    if len(names) < len(pieces) or not {PAD, END, UNKNOWN} <= names:
-        raise ValueError(
-            f"{path} lacks {PAD}, {END} or {UNKNOWN}, or has a piece twice; T5's model is needed"
-        )
     kinds = {kind for _, _, kind in pieces}
-    if trainer.get(3, 1) != 1 or not escape or trainer.get(24) or kinds & {USER_DEFINED, BYTE}:
+    is_unigram = trainer.get(3, 1) == 1 and not trainer.get(24)  # 24: the space ends a word, not begins it
+    normalizes = all(normalizer.get(number, 1) == 1 for number in (3, 4, 5))  # spaces as in `Normalizer`
+    is_t5s = {PAD, END, UNKNOWN} <= names and not kinds & {USER_DEFINED, BYTE}
+    if not (is_unigram and normalizes and is_t5s):
         raise ValueError(f"{path} is a sentencepiece model of another kind; T5's Unigram model is needed")
     return pieces, normalize
 
 
 # ---------------------------------------------------------------- the tokenizer
 
-
-@dataclass
-class Special:
-    """A token that is spelled out in a prompt, such as </s>."""
-
-    id: int
-    lstrip: bool = False  # eats the white space to its left
-    rstrip: bool = False
-
-
-def special_tokens(pieces: list[str], config: dict) -> dict[str, Special]:
-    """T5's special tokens: three pieces and `extra_ids` sentinels, numbered downward after the pieces; then
-    whatever `added_tokens_decoder` of tokenizer_config.json says."""
-    num_extra = config.get("extra_ids", 100)
-    specials = {name: Special(pieces.index(name)) for name in (PAD, END, UNKNOWN)}
-    for i in range(num_extra):
-        specials[f"<extra_id_{i}>"] = Special(len(pieces) + num_extra - 1 - i, lstrip=True, rstrip=True)
-    for number, token in config.get("added_tokens_decoder", {}).items():
-        lstrip, rstrip = token.get("lstrip", False), token.get("rstrip", False)
-        specials[token["content"]] = Special(int(number), lstrip, rstrip)
-    return specials
+# Tokens that may be spelled out in a prompt; T5's hundred sentinels eat the white space around them.
+SPECIAL = re.compile(r"(<pad>|</s>|<unk>|\s*<extra_id_[1-9]?\d>\s*)")
 
 
 class Tokenizer:
     """Prompts to ids as T5's slow tokenizer makes them (legacy=true: after a special token, a new word).
 
     unigram: a `tokenizers.Tokenizer`; its `get_vocab()` lists the pieces known
-    normalize, specials: None and {} when `unigram` comes from a tokenizer.json, which holds both itself
+    normalize, specials ({token: id}): of a spiece.model; a tokenizer.json holds both itself
     """
 
     def __init__(
-        self, unigram: tokenizers.Tokenizer, normalize: Normalizer | None, specials: dict[str, Special]
+        self,
+        unigram: tokenizers.Tokenizer,
+        normalize: Normalizer | None = None,
+        specials: dict[str, int] | None = None,
     ) -> None:
-        self.unigram, self.normalize, self.specials = unigram, normalize, specials
-        longest_first = sorted(specials, key=len, reverse=True)
-        self.split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
-        self.pad, self.end = (
-            specials[name].id if specials else unigram.token_to_id(name) for name in (PAD, END)
-        )
+        self.unigram = unigram
+        self.normalize = normalize
+        self.specials = specials
+        self.pad = specials[PAD] if specials else unigram.token_to_id(PAD)
+        self.end = specials[END] if specials else unigram.token_to_id(END)
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path) -> "Tokenizer":
@@ -220,34 +188,39 @@ class Tokenizer:
 
         raises FileNotFoundError if neither is there, ValueError if a file is damaged
         """
-        marker = "spiece.model" if (Path(model_dir) / "spiece.model").is_file() else "tokenizer.json"
-        folder = component_dir(model_dir, "tokenizer", marker)
+        folder = Path(model_dir)
+        if (folder / "tokenizer").is_dir():
+            folder = folder / "tokenizer"
         if (folder / "spiece.model").is_file():
-            return cls._from_spiece(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} has neither spiece.model nor tokenizer.json; get one of them")
-        with _readable_errors(path):
+            return cls._from_spiece(folder / "spiece.model")
+        if (folder / "tokenizer.json").is_file():
+            return cls._from_json(folder / "tokenizer.json")
+        raise FileNotFoundError(f"{folder} has neither spiece.model nor tokenizer.json; get one of them")
+
+    @classmethod
+    def _from_json(cls, path: Path) -> "Tokenizer":
+        try:
             unigram = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library's own has no name
+            raise ValueError(f"{path} is no tokenizer ({error!s:.200}); download it again") from None
         unigram.no_padding()
         unigram.no_truncation()  # both are done here, whatever the file asks for
         if None in (unigram.token_to_id(PAD), unigram.token_to_id(END)):
             raise ValueError(f"{path} lacks {PAD} or {END}; a T5 tokenizer is needed")
-        return cls(unigram, None, {})
+        return cls(unigram)
 
     @classmethod
-    def _from_spiece(cls, folder: Path) -> "Tokenizer":
-        path = folder / "spiece.model"
+    def _from_spiece(cls, path: Path) -> "Tokenizer":
         pieces, normalize = read_spiece(path)
         names = [text for text, _, _ in pieces]
         lowest = min((score for _, score, kind in pieces if kind == NORMAL), default=0.0)
         # Normalised text has no ASCII space, so a space in front keeps the other types from ever matching.
         vocab = [(text, score) if kind == NORMAL else (" " + text, lowest) for text, score, kind in pieces]
-        with _readable_errors(path):
-            unigram = tokenizers.Tokenizer(Unigram(vocab, names.index(UNKNOWN), False))
-        config_path = folder / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.is_file() else {}
-        return cls(unigram, normalize, special_tokens(names, config))
+        unigram = tokenizers.Tokenizer(Unigram(vocab, names.index(UNKNOWN), False))
+        specials = {name: names.index(name) for name in (PAD, END, UNKNOWN)}
+        for i in range(100):  # behind the pieces, numbered downward
+            specials[f"<extra_id_{i}>"] = len(names) + 99 - i
+        return cls(unigram, normalize, specials)
 
     def __call__(self, texts: list[str] | str, max_length: int = 226) -> Tensor:
         """Ids of prompts, each closed by </s> (kept when the text is cut) and padded with <pad>.
@@ -266,44 +239,25 @@ class Tokenizer:
         """Ids of one prompt, without </s> and padding; ValueError if it is no valid Unicode."""
         text.encode()  # ValueError for what is no Unicode
         if not self.specials:
-            return self._unigram_ids(text)
+            return self._encode_plain(text).ids
         ids = []
-        parts = self.split(text)  # text, special, text, …, text
-        for i, part in enumerate(parts):
+        for i, part in enumerate(SPECIAL.split(text)):  # text, special, text, …, text
             if i % 2:
-                ids.append(self.specials[part].id)
-                continue
-            if i > 0 and self.specials[parts[i - 1]].rstrip:
-                part = part.lstrip()
-            if i + 1 < len(parts) and self.specials[parts[i + 1]].lstrip:
-                part = part.rstrip()
-            ids += self._unigram_ids(self.normalize(part))
+                ids.append(self.specials[part.strip()])
+            else:
+                ids += self._encode_plain(self.normalize(part)).ids
         return ids
 
     def unknown_words(self, text: str) -> list[str]:
         """Those of a prompt for which the tokenizer.json of a small model has no token but <unk>."""
         if self.specials:  # spiece.model: pieces down to single characters, hardly anything is unknown
             return []
-        encoding, unknown = (
-            self.unigram.encode(text, add_special_tokens=False),
-            self.unigram.token_to_id(UNKNOWN),
-        )
+        unknown = self.unigram.token_to_id(UNKNOWN)
+        encoding = self._encode_plain(text)
         return [text[begin:end] for (begin, end), i in zip(encoding.offsets, encoding.ids) if i == unknown]
 
-    def _unigram_ids(self, text: str) -> list[int]:
-        with _readable_errors("the tokenizer"):
-            return self.unigram.encode(text, add_special_tokens=False).ids
-
-
-@contextlib.contextmanager
-def _readable_errors(name: str | Path) -> Iterator[None]:
-    """Whatever the tokenizers library raises, Rust panics included, in one sentence."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a Rust panic is no Exception
-        raise ValueError(f"{name} cannot be used ({str(error):.200}); download it again") from None
+    def _encode_plain(self, text: str) -> tokenizers.Encoding:
+        return self.unigram.encode(text, add_special_tokens=False)
 
 
 # ---------------------------------------------------------------- the encoder
@@ -340,8 +294,8 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor
     half = num_buckets // 2
     exact = half // 2
     distance = relative.abs()
-    share = torch.log(distance.float() / exact) / math.log(max_distance / exact)  # fp32, as in the reference
-    far = exact + (share * (half - exact)).clamp(min=0).long()
+    fraction = torch.log(distance.float() / exact) / math.log(max_distance / exact)  # fp32, as the reference
+    far = exact + (fraction * (half - exact)).clamp(min=0).long()
     bucket = torch.where(distance < exact, distance, far.clamp(max=half - 1))
     return bucket + half * (relative > 0)
 
@@ -372,7 +326,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: T5Config, has_bias_table: bool) -> None:
         super().__init__()
         self.heads = config.num_heads
-        d, inner = config.d_model, config.num_heads * config.d_kv
+        d = config.d_model
+        inner = config.num_heads * config.d_kv
         self.q = linear(d, inner, std=(d * config.d_kv) ** -0.5)
         self.k = linear(d, inner)
         self.v = linear(d, inner)
@@ -409,10 +364,14 @@ class Block(nn.Module):
 
     def __init__(self, config: T5Config, has_bias_table: bool) -> None:
         super().__init__()
-        attention = {"SelfAttention": SelfAttention(config, has_bias_table)}
-        feed_forward = {"DenseReluDense": GatedFeedForward(config)}
-        for half in (attention, feed_forward):
-            half["layer_norm"] = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        attention = {
+            "SelfAttention": SelfAttention(config, has_bias_table),
+            "layer_norm": RMSNorm(config.d_model, config.layer_norm_epsilon),
+        }
+        feed_forward = {
+            "DenseReluDense": GatedFeedForward(config),
+            "layer_norm": RMSNorm(config.d_model, config.layer_norm_epsilon),
+        }
         self.layer = nn.ModuleList([nn.ModuleDict(attention), nn.ModuleDict(feed_forward)])
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -450,10 +409,9 @@ class T5Encoder(nn.Module):
         """
         config = self.config
         if ids.numel() and not 0 <= ids.min() <= ids.max() < config.vocab_size:
-            raise ValueError(
-                f"token ids reach from {int(ids.min())} to {int(ids.max())}, the text encoder knows 0 to "
-                f"{config.vocab_size - 1}; use the tokenizer/ that belongs to it"
-            )
+            problem = f"token ids reach from {ids.min()} to {ids.max()}"
+            known = f"the text encoder knows 0 to {config.vocab_size - 1}"
+            raise ValueError(f"{problem}, {known}; use the tokenizer/ that belongs to it")
         x = self.embed(ids)
         buckets = relative_buckets(
             ids.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance
@@ -463,7 +421,7 @@ class T5Encoder(nn.Module):
             x = self.run(f"encoder.block.{i}", x, bias)
         return self.run("encoder.final_layer_norm", x)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:  # it and `run` are what streaming does otherwise
         return self.shared(ids.to(self.shared.weight.device))  # b L d
 
     def run(self, name: str, *inputs: Tensor) -> Tensor:
@@ -508,7 +466,9 @@ class StreamedT5Encoder(T5Encoder):
     ) -> None:
         """raises ValueError if names or shapes in the files' headers do not fit the config"""
         super().__init__(config)
-        self.files, self.dtype, self.device = check_weights(self, folder, ALIASES), dtype, device
+        self.files = check_weights(self, folder, ALIASES)
+        self.dtype = dtype
+        self.device = device
 
     def embed(self, ids: Tensor) -> Tensor:
         key = next(key for key in (TABLE, *ALIASES) if key in self.files)
@@ -525,6 +485,4 @@ class StreamedT5Encoder(T5Encoder):
         return functional_call(self.get_submodule(name), weights, inputs)
 
     def save_pretrained(self, model_dir: str | Path) -> None:
-        raise ValueError(
-            "a streamed text encoder holds no weights; load it with stream=False or copy its folder"
-        )
+        raise ValueError("a streamed text encoder holds no weights; load it with stream=False")

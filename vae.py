@@ -38,7 +38,6 @@ from checkpoint import component_dir, load_component, save_component
 # the video has begun. Empty at the start of a video.
 Cache = dict[nn.Module, Tensor | bool]
 Draw = torch.Generator | list[torch.Generator]  # one for the whole batch, or one for each sample
-SMALL = 20480  # c·f·h up to which torch convolves a single clip slowly on the CPU; a batch it does not
 
 
 @dataclass
@@ -93,14 +92,6 @@ class CausalConv3d(nn.Module):
         else:
             x = torch.cat([x[:, :, :1], x[:, :, :1], x], dim=2)
         cache[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
-        return self.convolve(x)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """b c 2+f h w -> b c f h w"""
-        b, c, f, h, _ = x.shape
-        if x.is_cpu and b == 1 and f > 3 and c * f * h <= SMALL:
-            frames = x[0].unfold(1, 3, 1).permute(1, 0, 4, 2, 3)  # f c 3 h w: each with the two before it
-            return self.conv(frames).transpose(0, 2)
         return self.conv(x)
 
 

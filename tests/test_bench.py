@@ -24,12 +24,15 @@ def test_networks_of_ours_and_theirs_do_the_same_work(capsys):
     work = [f"{kind} {what} 32x32x9" for kind in SMALL.dits for what in ("guided step", "forward + backward")]
     work.append("T5, two prompts")
     assert [row[:2] for row in rows] == [[name, way] for name in work for way in ("peer", "ours")]
-    assert all(float(row[2]) > 0 and float(row[4]) > 0 for row in rows)
+    assert all(float(row[2]) > 0 for row in rows)
 
 
-def test_pipelines_of_ours_and_theirs_do_the_same_work(capsys):
-    assert bench.main([*ARGUMENTS, "--rows", "sampling", "--clips", "32x32x5"]) == 0
-    assert [row[1] for row in rows_of(capsys)] == ["peer", "ours"]
+def test_sampling_compares_settings_and_does_not_judge_them(capsys, monkeypatch):
+    monkeypatch.setitem(bench.SAMPLING, "guidance in half the steps", {"guidance_interval": (500, 999)})
+    assert bench.main([*ARGUMENTS, "--rows", "sampling", "--clips", "32x32x5", "--models", "RoPE"]) == 0
+    [first, second] = rows_of(capsys)
+    assert first[0] == second[0] == "RoPE 50 steps 32x32x5"
+    assert float(first[5]) == 0 and float(second[5]) > 1e-2
 
 
 @torch.no_grad()
@@ -64,18 +67,13 @@ def test_a_step_of_fine_tuning_changes_what_is_to_learn_alone(rank):
     before = {name: parameter.clone() for name, parameter in dit.named_parameters()}
     optimizer = torch.optim.AdamW(learnt, lr=1e-2)
     text = torch.randn(1, 32, 128)
-    inputs = [torch.randn(1, 16, 3, 8, 8), torch.tensor([500]), text, torch.randn(1, 17, 3, 8, 8)]
+    inputs = (torch.randn(1, 16, 3, 8, 8), torch.tensor([500]), text, torch.randn(1, 17, 3, 8, 8))
     bench.learn(dit, optimizer, inputs, "full", WHERE)
     changed = {name for name, parameter in dit.named_parameters() if not parameter.equal(before[name])}
     if rank:  # A starts to learn in the second step, as B is zero in the first
         assert changed and all("lora_" in name for name in changed)
     else:
         assert len(changed) > 0.9 * len(before)
-
-
-def test_growth_counts_what_work_allocates():
-    grown, _ = bench.growth(lambda: torch.ones(20_000_000).exp().sum(), WHERE["device"])  # twice 80 MB
-    assert 100e6 < grown < 250e6
 
 
 def test_flops_are_those_of_the_known_table():

@@ -139,25 +139,24 @@ def test_a_damaged_file_is_noticed(tmp_path, change):
         load_net(tmp_path)
 
 
-def test_pickles_are_named_and_never_opened(tmp_path):
+def test_pickles_are_never_opened(tmp_path):
     save_net(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "model.bin")
-    with pytest.raises(ValueError, match="pickled weights .model.bin.*safetensors"):
+    with pytest.raises(FileNotFoundError, match="no .safetensors; pickled weights"):
         load_net(tmp_path)
 
 
-def test_an_index_that_lies_is_refused(tmp_path):
+def test_shards_of_which_one_or_the_index_lacks_are_refused(tmp_path):
     save_component(Net(Config()), tmp_path, max_shard_bytes=70)
-    [index] = tmp_path.glob("*.index.json")
-    names = json.loads(index.read_text())["weight_map"]
-    for bad, message in [
-        ({"a.weight": "../secret.safetensors"}, "points outside"),
-        ({"a.weight": "gone.safetensors"}, "lacks gone.safetensors"),
-        (names | {"a.bias": names["a.weight"]}, "does not contain tensor a.bias"),
-    ]:
-        index.write_text(json.dumps({"weight_map": bad}))
-        with pytest.raises((ValueError, OSError), match=message):
-            load_net(tmp_path)
+    [index], [_, last] = tmp_path.glob("*.index.json"), sorted(tmp_path.glob("*.safetensors"))
+    whole = index.read_text()
+    index.unlink()
+    with pytest.raises(ValueError, match="2 weight files and no index"):
+        load_net(tmp_path)
+    index.write_text(whole)
+    last.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{last.name} is missing"):
+        load_net(tmp_path)
 
 
 def test_a_config_takes_ints_for_floats_null_for_optional_and_keeps_the_unknown(tmp_path):
@@ -171,7 +170,9 @@ def test_a_config_takes_ints_for_floats_null_for_optional_and_keeps_the_unknown(
 
 
 def test_a_missing_folder_or_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
+    with pytest.raises(
+        FileNotFoundError, match="nowhere is not a checkpoint folder: it has neither vae/ nor config.json"
+    ):
         VideoVAE.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="neither vae/ nor config.json"):
         VideoVAE.from_pretrained(tmp_path)

@@ -25,9 +25,8 @@ SMALL += "--preview-steps 1 --num-workers 1 --lr 1e-4 --dtype float32 --device c
 SET = "--set num_shapes=24 warmup_steps=1 ema_decay=0.5 cached_draws=0 keep_on_device=false".split()
 SET += ["save_dtype=null"]
 KINDS = {"dit": ["--num-previews", "1"], "vae": ["--train", "vae", "--num-previews", "1"]}
-KINDS["lora"] = ["--lora-rank", "2", *SET, "optimizer=adamw"]
+KINDS["lora"] = ["--lora-rank", "2", "--activation-checkpointing", *SET, "optimizer=adamw"]
 KINDS["fun"] = ["--preset", "fun-2b", "--num-frames", "17"]  # AdamW with the reference's tiny eps
-KINDS["blocks"] = ["--activation-checkpointing", *SET, "optimizer=adamw"]
 KINDS["offload"] = ["--offload"]
 KINDS["whole"] = [*SET, "replicate=true", "cached_draws=1", "keep_on_device=true"]
 SAMPLES = {  # one video, which two ranks compute together

@@ -311,6 +311,21 @@ def test_animations_of_every_kind_are_clips(tmp_path, capsys):
     assert "a.webp is transparent in parts; they are put on white" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tags", [{}, {"alpha_mode": "1"}])  # the second is what guides advise
+def test_a_webm_keeps_its_transparency(tmp_path, tags):
+    pixels = np.zeros((16, 32, 4), np.uint8)
+    pixels[:, 16:] = (200, 0, 0, 255)
+    with av.open(tmp_path / "a.webm", "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=8, width=32, height=16, pix_fmt="yuva420p")
+        stream.codec_context.options = {"crf": "10", "b": "0"}
+        stream.metadata.update(tags)
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
+        container.mux(stream.encode(None))
+    shown = media.read_video(tmp_path / "a.webm").astype(int)
+    assert (shown[:, :, :12] > 245).all() and np.abs(shown[:, 8, 24] - (200, 0, 0)).max() < 10
+
+
 def test_content_tells_a_picture_from_a_clip(tmp_path):
     Image.new("RGB", (32, 16), "red").save(tmp_path / "photo.mp4", format="jpeg")
     encode(tmp_path / "clip.mp4", 5).rename(tmp_path / "clip.jpg")

@@ -151,6 +151,13 @@ def test_random_weights_give_the_same_velocity_in_diffusers(changes, size, tmp_p
 # ---------------------------------------------------------------- properties
 
 
+def test_norms_of_q_and_k_have_their_own_eps():
+    dit = VideoTransformer(replace(TINY, norm_eps=1e-3))
+    norms = {name: m.eps for name, m in dit.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert {eps for name, eps in norms.items() if name.endswith(("norm_q", "norm_k"))} == {1e-6}
+    assert {eps for name, eps in norms.items() if not name.endswith(("norm_q", "norm_k"))} == {1e-3}
+
+
 def test_biases_and_affine_norms_follow_the_config():
     config = replace(TINY, patch_bias=False, attention_bias=False, norm_elementwise_affine=False)
     absent = VideoTransformer(TINY).state_dict().keys() - VideoTransformer(config).state_dict().keys()

@@ -1,22 +1,17 @@
-"""Draw how training runs compare, for the report's claims; needs matplotlib.
+"""How training runs compare, for the report's claims: a Markdown table, a line for each run.
 
     python tools/evaluate.py RUN/checkpoints/step-000300 --out RUN/step-000300 --tasks …      for each of them
-    python tools/claims.py runs/interpolate-0 runs/interpolate-1 runs/slice-0 --out claim.png
+    python tools/claims.py runs/interpolate-0 runs/interpolate-1 runs/slice-0 --measures shape fit
 
-Left: validation loss over the steps, from RUN/log.jsonl. Beside it: how clips were judged, from
-RUN/step-*.jsonl, all tasks together, with 95 % intervals. Runs that differ only in what follows the last
-hyphen, the seed, have one colour. The same numbers are printed as JSON.
+Validation loss over the steps, from RUN/log.jsonl; then how clips were judged, from RUN/step-*.jsonl, all
+tasks together, with 95 % intervals.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import matplotlib
 from evaluate import WORDS, number
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 MEASURES = (*WORDS, "all", "fit", "worst_fit")
 
@@ -25,47 +20,38 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def validation(run: Path) -> dict[int, float]:
-    """step -> loss"""
-    entries = read_lines(run / "log.jsonl")
-    return {entry["step"]: entry["val_loss"] for entry in entries if "val_loss" in entry}
-
-
-def fidelity(run: Path, measures: list[str]) -> dict[str, dict[int, list[float]]]:
-    """measure -> step -> [value, low, high]"""
-    found: dict[str, dict[int, list[float]]] = {measure: {} for measure in measures}
+def columns(run: Path, measures: list[str]) -> dict[tuple[str, int], str]:
+    """(measure, step) -> what the table says"""
+    found = {}
+    for entry in read_lines(run / "log.jsonl"):
+        if "val_loss" in entry:
+            found["validation loss", entry["step"]] = f"{entry['val_loss']:.4f}"
     for path in sorted(run.glob("step-*.jsonl")):
+        step = int(path.stem.removeprefix("step-"))
         results = [entry["result"] for entry in read_lines(path)]
         for measure in measures:
-            step = int(path.stem.removeprefix("step-"))
-            found[measure][step] = number(measure, [result[measure] for result in results])
+            value, low, high = number(measure, [result[measure] for result in results])
+            found[measure, step] = f"{value:.2f} ({low:.2f} … {high:.2f})"
     return found
+
+
+def table(runs: dict[str, dict[tuple[str, int], str]], measures: list[str]) -> list[str]:
+    given = {column for found in runs.values() for column in found}
+    heads = sorted(given, key=lambda column: (["validation loss", *measures].index(column[0]), column[1]))
+    lines = ["| run | " + " | ".join(f"{measure} at {step}" for measure, step in heads) + " |"]
+    lines.append("|---" * (1 + len(heads)) + "|")
+    for name, found in runs.items():
+        lines.append(f"| {name} | " + " | ".join(found.get(head, "") for head in heads) + " |")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, default=Path("claim.png"))
     parser.add_argument("--measures", nargs="+", default=["all", "fit"], choices=MEASURES)
     args = parser.parse_args(argv)
-    figure, axes = pyplot.subplots(1, 1 + len(args.measures), figsize=(4 * (1 + len(args.measures)), 3.2))
-    colors, numbers = {}, {}
-    for run in args.runs:
-        name = run.name.rsplit("-", 1)[0]
-        label = None if name in colors else name
-        color = colors.setdefault(name, f"C{len(colors)}")
-        losses, judged = validation(run), fidelity(run, args.measures)
-        numbers[run.name] = {"val_loss": losses} | judged
-        axes[0].plot(losses.keys(), losses.values(), color=color, label=label)
-        for axis, measure in zip(axes[1:], args.measures):
-            for step, (value, low, high) in judged[measure].items():
-                axis.errorbar(step, value, [[value - low], [high - value]], color=color, capsize=2, fmt="o")
-    for axis, title in zip(axes, ["validation loss", *args.measures]):
-        axis.set(title=title, xlabel="steps")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(args.out, dpi=100)
-    print(json.dumps(numbers, indent=1))
+    runs = {run.name: columns(run, args.measures) for run in args.runs}
+    print("\n".join(table(runs, args.measures)))
 
 
 if __name__ == "__main__":
