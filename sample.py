@@ -1,4 +1,4 @@
-"""From a prompt, pictures or a clip to a video: `generate`, long videos, and the command line.
+"""From a prompt, pictures or a clip to a video: `generate`, and the command line.
 
     prompt ─Tokenizer, T5─────────────────────────────────► text 1|2 L d        encode_text
     picture(s), clip + mask ─inpaint_condition────────────► condition 1 17 …    encode_known
@@ -6,402 +6,43 @@
     noise ────────────────────────────────────────┴► latents ─sampler × steps─► denoise
     latents ─decode_stream────────────────────────► uint8 f h w 3 ─► mp4, gif, png   decode
 
-Each network is loaded at its first use and freed after it, so that the largest, not the sum, has to fit.
-What a model can do follows from its channels (`model_kind`):
-
-    in_channels         kind     takes a prompt and …                       its pipeline in the reference
-    16                  text     a clip and strength                        diffusers CogVideoX, …VideoToVideo
-    33 = 16+1+16        inpaint  start, end pictures; clip, mask, strength  CogVideoX_Fun_Pipeline_Inpaint
-    32 = 16+16          control  a control clip                             CogVideoX_Fun_Pipeline_Control
-    32, learned or ofs  image    a start picture, an end if trained so      diffusers CogVideoXImageToVideo
-
-Models of kind text or image with patch_size_t are CogVideoX1.5: where the number of latent frames is odd they
-make one more in front, which is dropped before decoding (`num_padding`).
+What can be asked for is in request.py, how networks come and go in models.py, videos longer than the model in
+long_video.py.
 
 b batch · c channels · f frames · h w height, width (f' h' w' of latents) · L text tokens · d model width
 """
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import (
-    build,
-    check_weights,
-    component_dir,
-    find_model,
-    open_safetensors,
-    read_config,
-    save_tensors,
-    unknown_keys,
-)
+from checkpoint import find_model, open_safetensors, save_tensors, unknown_keys
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
 from inpaint import add_reference_noise, inpaint_condition
-from media import Clip, Picture, read_image, read_mask, read_video, resize, to_pixels, to_uint8, write_video
+from kinds import native_fps, native_size, num_padding
+from media import to_pixels, to_uint8, write_video
+from models import Models, load_models
+from request import Known, Request, complete, latent_shape, read_inputs
 from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, fail, in_one_line, say
-from sizes import check_frames, latent_grid, num_tokens
-from text_encoder import ALIASES, T5Config, T5Encoder, Tokenizer
-from transformer import (
-    TransformerConfig,
-    VideoTransformer,
-    check_size,
-    choose_size,
-    legal_num_frames,
-    model_kind,
-    native_fps,
-    native_size,
-    num_padding,
-)
-from vae import VAEConfig, VideoVAE, decoded_frames
+from sizes import latent_grid, num_tokens
+from transformer import VideoTransformer
+from vae import decoded_frames
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 SMALL_TOKENS = 1024  # up to here both prompts go through the network together
-
-
-# ---------------------------------------------------------------- models, loaded in turn
-
-
-class Models:
-    """The networks of a checkpoint folder, each in memory only while it is in use.
-
-    keep: leave them in memory afterwards, for a next call
-    loras: (file, weight), merged into the transformer, see `lora.load_lora`
-    raises ValueError or OSError if the folder is not a complete checkpoint
-    """
-
-    def __init__(
-        self,
-        model_dir: str | Path,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        keep: bool = False,
-        loras: list[tuple[str | Path, float]] = [],
-    ):
-        self.model_dir = Path(model_dir)
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.keep = keep
-        self.loras = list(loras)
-        self.on_all_ranks = False  # True: all ranks compute each velocity together, see parallel.py
-        self.compile = False  # True: the transformer's blocks by torch.compile
-        self.config = read_config(TransformerConfig, component_dir(model_dir, "transformer") / "config.json")
-        self.vae_config = read_config(VAEConfig, component_dir(model_dir, "vae") / "config.json")
-        self.schedule = Schedule.from_pretrained(model_dir)
-        self.tokenizer = Tokenizer.from_pretrained(model_dir)
-        self.loaded: dict[str, nn.Module] = {}  # put a module here to use it in place of the folder's
-        self.seconds: dict[str, float] = {}  # spent in each stage so far
-
-    @property
-    def kind(self) -> str:
-        return model_kind(self.config)
-
-    @property
-    def first_alone(self) -> bool:
-        """Whether latents are decoded in Fun's chunks, not diffusers'."""
-        return self.kind in ("inpaint", "control")
-
-    @property
-    def default_sampler(self) -> str:
-        """Fun samples with plain DDIM whatever scheduler_config.json says; diffusers does what it says."""
-        return "ddim" if self.first_alone else self.schedule.default_sampler
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes what it makes: of what all ranks make together, only the first."""
-        return RANK == 0 or not self.on_all_ranks
-
-    def record(self) -> dict:
-        """What a video depends on beside its request."""
-        return {
-            "model": str(self.model_dir),
-            "lora": [f"{file}:{weight}" for file, weight in self.loras],
-            "kind": self.kind,
-            "dtype": str(self.dtype)[6:],
-            "device": str(self.device),
-            "versions": {"torch": torch.__version__, "numpy": np.__version__},
-        }
-
-    @functools.cached_property
-    def num_parameters(self) -> dict[str, int]:
-        """Of each network; on the way the header of every weight file is held against its config, so that
-        nothing is found missing when hours of sampling are over. ValueError or OSError if something is."""
-        t5 = self._from_headers(T5Encoder, T5Config, "text_encoder", ALIASES)
-        vae = self._from_headers(VideoVAE, VAEConfig, "vae")
-        dit = self._from_headers(VideoTransformer, TransformerConfig, "transformer")
-        for file, _ in self.loras:
-            from lora import read_lora  # here and below, so that lora.py can be deleted
-
-            read_lora(dit, file)
-        theirs = t5.config.d_model, vae.config.latent_channels
-        if theirs != (dit.config.text_embed_dim, dit.config.out_channels):
-            raise ValueError(f"{self.model_dir}: the transformer's text_embed_dim and out_channels do not "
-                             f"fit the text encoder's d_model and the VAE's latent_channels, {theirs}; "
-                             "take all components from one checkpoint")  # fmt: skip
-        networks = {"text_encoder": t5, "vae": vae, "transformer": dit}
-        return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-
-    def _from_headers(self, network: type, config_class: type, name: str, aliases: dict = {}) -> nn.Module:
-        folder = component_dir(self.model_dir, name)
-        module = build(network, config_class, folder)
-        check_weights(module, folder, aliases)
-        return module
-
-    @contextlib.contextmanager
-    def use(self, name: str, stage: str) -> Iterator[nn.Module]:
-        """One network (text_encoder, vae or transformer), loaded for the block and timed as `stage`.
-
-        One that is there already, from a block around this one for instance, is used and left as it is.
-        """
-        if name in self.loaded:
-            yield self.loaded[name]
-            return
-        start = time.perf_counter()
-        torch.cuda.empty_cache()  # what the stage before has left; a no-op without a GPU
-        self.loaded[name] = self._load(name)
-        try:
-            yield self.loaded[name]
-        finally:
-            if not self.keep:
-                del self.loaded[name]
-            self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
-
-    @torch.inference_mode(False)  # what is kept can be trained afterwards
-    def _load(self, name: str) -> nn.Module:
-        if name == "text_encoder":  # if it goes again at once, its layers need not be in memory together
-            return T5Encoder.from_pretrained(self.model_dir, self.dtype, self.device, stream=not self.keep)
-        if name == "vae":
-            vae = VideoVAE.from_pretrained(self.model_dir, self.dtype, self.device)
-            with contextlib.suppress(ModuleNotFoundError):  # vae_fast.py may be deleted
-                from vae_fast import speed_up
-
-                speed_up(vae)
-            return vae
-        dit = VideoTransformer.from_pretrained(self.model_dir, self.dtype, self.device)
-        for file, weight in self.loras:
-            from lora import load_lora
-
-            load_lora(dit, file, weight)
-        if self.on_all_ranks:
-            from parallel import divide_tokens
-
-            divide_tokens(dit)
-        if self.compile:
-            for block in dit.transformer_blocks:
-                block.compile()
-        return dit
-
-
-load_models = Models  # as a function: it only looks at the folder; networks come when they are used
-
-
-# ---------------------------------------------------------------- what is asked for
-
-TAKES = {  # by kind
-    "text": {"video"},
-    "inpaint": {"image", "end_image", "video", "mask"},
-    "control": {"control_video"},
-    "image": {"image", "end_image"},
-}
-NEEDS = {"control": "control_video", "image": "image"}
-BOUNDS = {  # of numbers that would else give noise, or nothing, after a long wait
-    "guidance_scale": (0, 1000, "the models like 6"),
-    "noise_aug_strength": (0, 10, "try 0.0563"),
-    "num_steps": (1, 1000, "the models like 50"),
-    "seed": (0, 2**63 - 1, "any in between will do"),
-    "fps": (0.1, 1000, "the models like 8 or 16"),
-}
-
-
-@dataclass
-class Request:
-    """Everything `generate` can be asked for. None means: not given, or the model's own value."""
-
-    prompt: str
-    negative_prompt: str = ""
-    image: Picture | list[Picture] | None = None  # start picture, or the first few frames
-    end_image: Picture | None = None
-    video: Clip | None = None  # to change (strength < 1) or to fill in (mask)
-    mask: Picture | Clip | None = None  # white, from 240 up: generate here
-    control_video: Clip | None = None
-    strength: float = 1.0  # how many of the steps are taken from the clip; 1 starts at pure noise
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    num_steps: int = 50
-    guidance_scale: float | None = None  # 1 or less: no guidance
-    dynamic_guidance: bool = False
-    guidance_interval: tuple[int, int] = (0, 999)  # timesteps outside go unguided (arXiv 2404.07724)
-    sampler: str | None = None  # a key of diffusion.SAMPLERS
-    seed: int | None = None  # None draws one
-    noise_aug_strength: float = 0.0563  # noise on known pixels, if the model was trained with it
-    fps: float | None = None  # clips are read at it
-    tiled: bool = False  # the VAE works through tiles: less memory, slightly other numbers
-    latents: Tensor | None = None  # 1 16 f' h' w' to start from; nothing is added to them
-    randn: Callable[[tuple[int, ...]], Tensor] | None = None  # replaces every normal draw
-
-    def check(self, config: TransformerConfig) -> None:
-        """Stop, in one sentence, at what cannot be done or contradicts itself; reads no file."""
-        kind = model_kind(config)
-        name = f"a {config.in_channels}-channel {kind} model"
-        files = ("image", "end_image", "video", "mask", "control_video")
-        given = [flag for flag in files if getattr(self, flag) is not None]
-        for flag in given:
-            if flag not in TAKES[kind]:
-                other = "32-channel control" if flag == "control_video" else "33-channel inpaint (…-InP)"
-                raise ValueError(f"{name} takes no {flag}; a {other} model does")
-        if kind in NEEDS and NEEDS[kind] not in given:
-            raise ValueError(f"{name} needs {NEEDS[kind]}")
-        if "video" in given and ("image" in given or "end_image" in given):
-            raise ValueError(f"{given[0]} and video contradict each other; a video brings its own frames")
-        if "mask" in given and not ("video" in given or given == ["image", "mask"]):
-            raise ValueError("mask needs a video, or an image without end_image, to say where to change it")
-        if kind == "image" and isinstance(self.image, list) and len(self.image) > 1:
-            raise ValueError(
-                f"{name} takes one image, not {len(self.image)}; a 33-channel model takes several"
-            )
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength={self.strength} is outside (0, 1]; 0.8 changes much, 0.5 less, 1 all")
-        if self.strength < 1 and self.video is None:
-            raise ValueError(f"strength={self.strength} needs a video to start from")
-        for flag, (least, most, advice) in BOUNDS.items():
-            value = getattr(self, flag)
-            if value is not None and not least <= value <= most:  # true of NaN, too
-                raise ValueError(f"{flag}={value} is outside {least} … {most}; {advice}")
-        low, high = self.guidance_interval
-        if not 0 <= low <= high <= 999:
-            raise ValueError(f"guidance_interval={low} {high} is not two timesteps in 0 … 999, lower first")
-        if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler={self.sampler!r} is unknown; choose from {', '.join(SAMPLERS)}")
-        if int(self.num_steps * self.strength) < 1:
-            raise ValueError(f"strength={self.strength} of num_steps={self.num_steps} leaves no step; "
-                             f"the smallest is {1 / self.num_steps:.3g}")  # fmt: skip
-        check_size(config, self.height, self.width, self.num_frames)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The prompt, after the negative one if there is guidance."""
-        return (self.negative_prompt, self.prompt) if self.guidance_scale > 1 else (self.prompt,)
-
-
-def complete(request: Request, models: Models) -> Request:
-    """The request, checked, with the model's own values for what was left open, but for sizes."""
-    request.check(models.config)
-    own = {
-        "guidance_scale": models.schedule.default_guidance_scale,
-        "sampler": models.default_sampler,
-        "fps": native_fps(models.config),
-        "seed": int.from_bytes(os.urandom(4)),
-    }
-    missing = {name: value for name, value in own.items() if getattr(request, name) is None}
-    return replace(request, **missing)
-
-
-# ---------------------------------------------------------------- files read, sizes decided
-
-
-class Known(NamedTuple):
-    """What the files of a request hold, and the sizes that follow from them."""
-
-    num_frames: int
-    height: int
-    width: int
-    frames: np.ndarray | None = None  # uint8 f h w 3: known video, control, or an image model's pictures
-    mask: Tensor | None = None  # bool f h w, True = generate; None: all of it
-    notes: tuple[str, ...] = ()  # what was decided for the user
-
-
-def read_inputs(request: Request, config: TransformerConfig) -> Known:
-    """Read a request's files at the size of the video; no network is needed.
-
-    raises ValueError or OSError, in one sentence
-    """
-    notes = []
-    source = request.video if request.video is not None else request.control_video
-    num_frames = request.num_frames or native_size(config)[2]
-    clip = None
-    if source is not None:
-        clip = read_video(source, num_frames, request.fps)
-        if request.num_frames and len(clip) < num_frames:
-            raise ValueError(f"the clip has {len(clip)} frames at {request.fps:g} fps, fewer than "
-                             f"num_frames={num_frames}; leave num_frames out")  # fmt: skip
-        num_frames = len(clip)
-    legal = legal_num_frames(config, num_frames, from_clip=request.video is not None)
-    if legal != num_frames:
-        notes.append(f"{num_frames} frames do not fit this model: the first {legal} are taken")
-        num_frames = legal
-
-    images = request.image if isinstance(request.image, list) else [request.image]
-    images = [read_image(image) for image in images if image is not None]
-    end = None if request.end_image is None else read_image(request.end_image)
-    first = next((x for x in (*images, end, *(() if clip is None else clip[:1])) if x is not None), None)
-    source_size = None if first is None else first.shape[:2]
-    height, width = choose_size(config, request.height, request.width, source_size)
-    if source_size not in (None, (height, width)) and not (request.height and request.width):
-        notes.append(f"the input of {source_size[1]}x{source_size[0]} is made at {width}x{height}")
-
-    frames = mask = None
-    if clip is not None:
-        frames = resize(clip[:num_frames], height, width)
-        if request.video is not None and request.strength == 1 and request.mask is None:
-            notes.append("strength 1 and no mask: only the size and length of the video are kept")
-    elif images or end is not None:
-        images = [resize(image, height, width) for image in images]
-        ends = [] if end is None else [resize(end, height, width)]
-        if model_kind(config) == "image":
-            frames = np.stack(images + ends)
-        else:
-            frames, mask = place_pictures(images, ends, num_frames)
-    if request.mask is not None:
-        mask = read_mask(request.mask, num_frames, height, width, request.fps)
-    if mask is not None and not mask.any():
-        raise ValueError("what is given fills all frames and leaves nothing to generate; "
-                         "raise num_frames, or give a mask with some white")  # fmt: skip
-    known = Known(num_frames, height, width, frames, mask, tuple(notes))
-    shape = latent_shape(config, known)
-    if request.latents is not None and tuple(request.latents.shape) != shape:
-        raise ValueError(f"latents of shape {tuple(request.latents.shape)} do not fit; expected {shape}")
-    return known
-
-
-def place_pictures(
-    images: list[np.ndarray], ends: list[np.ndarray], num_frames: int
-) -> tuple[np.ndarray, Tensor]:
-    """Pictures as a clip and its mask: the first on every frame, the others and the end on their own.
-
-    The unknown frames are blacked out later; repeating the start picture there is the reference's way.
-    """
-    pictures = images + ends
-    if len(pictures) > num_frames:
-        raise ValueError(f"{len(pictures)} pictures are more than num_frames={num_frames}")
-    frames = np.repeat(pictures[0][None], num_frames, axis=0)
-    mask = torch.ones(frames.shape[:3], dtype=torch.bool)
-    places = [*range(len(images)), *([num_frames - 1] * len(ends))]
-    for place, picture in zip(places, pictures):
-        frames[place] = picture
-        mask[place] = False
-    return frames, mask
-
-
-def latent_shape(config: TransformerConfig, known: Known) -> tuple[int, int, int, int, int]:
-    """Of what the network makes, 1 16 f' h' w': CogVideoX1.5's padding counts."""
-    f, h, w = latent_grid(known.num_frames, known.height, known.width)
-    return 1, config.out_channels, f + num_padding(config, f), h, w
 
 
 # ---------------------------------------------------------------- the stages
@@ -465,7 +106,7 @@ def denoise(
     """
     schedule = Schedule(models.schedule.config, snr_shift=request.sampler in SNR_SHIFTED)
     timesteps = schedule.timesteps(request.num_steps)
-    timesteps = timesteps[request.num_steps - int(request.num_steps * request.strength) :]
+    timesteps = timesteps[-request.num_taken :]
     shape = latent_shape(models.config, known)
     x = request.latents
     if x is None:
@@ -477,8 +118,8 @@ def denoise(
     def noise_like_x() -> Tensor:
         return randn(shape).to(x)
 
-    with models.use("transformer", "denoise") as dit:
-        velocity = guided(models, dit, request, text, condition, len(timesteps))
+    with models.use("transformer", "denoise") as dit, step_cache(request, dit, timesteps) as cache:
+        velocity = guided(models, dit, request, text, condition, len(timesteps), cache)
         steps = SAMPLERS[request.sampler](velocity, x, schedule, timesteps, noise_like_x, request.num_steps)
         for i, x in enumerate(show_progress(steps, "denoise", progress, total=len(timesteps))):
             if not torch.isfinite(x).all():
@@ -486,7 +127,21 @@ def denoise(
                 where = f"step {i + 1} (timestep {timesteps[i]}) in {str(models.dtype)[6:]}"
                 raise ValueError(f"the latents stopped being finite at {where}; try dtype {other}, "
                                  "or other weights")  # fmt: skip
+    if cache is not None:
+        models.forwards[0] += cache.num_computed
+        models.forwards[1] += cache.num_forwards
     return x[:, :, num_padding(models.config, latent_grid(*known[:3])[0]) :]
+
+
+def step_cache(
+    request: Request, dit: VideoTransformer, timesteps: Tensor
+) -> contextlib.AbstractContextManager:
+    """For a block in which `dit` skips what the request allows: gives the cache, or None."""
+    if request.step_cache == 0:
+        return contextlib.nullcontext()
+    from stepcache import skip_steps
+
+    return skip_steps(dit, request.step_cache, timesteps)
 
 
 def guided(
@@ -496,8 +151,12 @@ def guided(
     text: Tensor,
     condition: Tensor | None,
     num_steps: int,
+    cache=None,
 ) -> Callable[[Tensor, int], Tensor]:
-    """velocity(x, t) of the prompt, pulled away from that of the negative one where the step is guided."""
+    """velocity(x, t) of the prompt, pulled away from that of the negative one where the step is guided.
+
+    cache: a stepcache.StepCache that has to know when a step begins
+    """
     text = dit.project_text(text.to(models.device, models.dtype))
     if condition is not None:
         condition = condition.to(models.device, models.dtype)
@@ -509,8 +168,12 @@ def guided(
         x = x.to(models.dtype)
         prompts = text if scale != 1 else text[-1:]
         tokens = x.shape[2:].numel() // (4 * dit.config.patch[0])
+        halves_apart = models.on_all_ranks and NUM_RANKS % 2 == 0  # by parallel.py, each on half of the ranks
+        at_once = 2 if tokens <= SMALL_TOKENS or halves_apart else 1  # else one by one, for memory
         outputs = []
-        for prompt in prompts.split(2 if tokens <= SMALL_TOKENS else 1):  # one by one, for memory
+        if cache is not None:
+            cache.begin(t, len(prompts))
+        for prompt in prompts.split(at_once):
             count = len(prompt)
             told = None if condition is None else condition.expand(count, -1, -1, -1, -1)
             noisy = x.expand(count, -1, -1, -1, -1)
@@ -589,115 +252,6 @@ def generate_each(
             yield denoise(models, request, known, text, condition, start, randn, progress)
 
 
-# ---------------------------------------------------------------- longer than the model
-
-OVERLAP = 5  # frames that a segment of a long video is given of the one before: two latent frames
-
-
-def segments(num_frames: int, length: int, overlap: int = OVERLAP) -> list[int]:
-    """How many frames each segment has in common with the one before, for num_frames in segments of `length`.
-
-    The first has none; the last as many as are needed to fill it. ValueError unless num_frames is 4k+1.
-    """
-    check_frames(num_frames)
-    shared, done = [0], length
-    while done < num_frames:
-        new = min(length - overlap, num_frames - done)
-        shared.append(length - new)
-        done += new
-    return shared
-
-
-def is_long(models: Models, num_frames: int | None) -> bool:
-    return models.kind == "inpaint" and (num_frames or 0) > native_size(models.config)[2]
-
-
-def generate_long(
-    models: Models,
-    prompt: str,
-    num_frames: int,
-    saved: Path | None = None,
-    progress: bool = False,
-    **settings,
-) -> Iterator[np.ndarray]:
-    """A video of any length, in chunks uint8 f h w 3: segments of the model's own length, where each is given
-    the last frames of the one before as known frames of an inpaint model, and fades in over them. Memory does
-    not grow with it.
-
-    settings: as for `generate`, but what gives other frames than the first and last ones
-    saved: the video's path; the latents of segment i are kept beside it as …-segment-i.safetensors, and those
-        that are there already are not sampled again
-    raises ValueError for other models and settings, and if a kept segment was made with other settings
-    """
-    length = native_size(models.config)[2]
-    for name in ("video", "mask", "control_video", "latents"):
-        if settings.get(name) is not None:
-            raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no {name}; "
-                             f"leave it out, or make {length} frames")  # fmt: skip
-    whole = complete(Request(prompt, **settings), models)
-    record = make_record(models, whole, num_frames, whole.height, whole.width)
-    overlaps = segments(num_frames, length)
-    before = None
-    for i, overlap in enumerate(overlaps):
-        is_last = i + 1 == len(overlaps)
-        end = whole.end_image if is_last else None
-        if before is None:
-            given = {"end_image": end}
-        else:
-            given = continue_from(before[-overlap:], length, end)
-        request = settings | given | {"num_frames": length, "seed": whole.seed + i}
-        file = saved and segment_file(saved, i)
-        if file and file.is_file():
-            latents = load_segment(file, record)
-        else:
-            latents = generate(models, prompt, output="latents", progress=progress, **request)
-            if file and models.writes:
-                save_latents(file, latents, record)
-        frames = np.concatenate(list(decode(models, latents, whole.tiled, progress)))
-        before = frames if before is None else fade(before, frames, overlap)
-        kept_back = 0 if is_last else overlaps[i + 1]  # the next segment fades in over them
-        yield before[: length - kept_back]
-
-
-def continue_from(known: np.ndarray, length: int, end_image: Picture | None) -> dict:
-    """The settings of a segment that begins with the known frames, uint8 f h w 3, and ends with a picture."""
-    height, width = known.shape[1:3]
-    video = np.zeros((length, height, width, 3), np.uint8)
-    mask = np.full_like(video, 255)
-    video[: len(known)] = known
-    mask[: len(known)] = 0
-    if end_image is not None:
-        video[-1] = resize(read_image(end_image), height, width)
-        mask[-1] = 0
-    return {"image": None, "end_image": None, "video": video, "mask": mask, "height": height, "width": width}
-
-
-def segment_file(path: Path, i: int) -> Path:
-    return path.with_name(f"{path.stem}-segment-{i + 1}.safetensors")
-
-
-def load_segment(file: Path, record: dict) -> Tensor:
-    """Its latents; ValueError if the record of then, but for the device, is not the record of now."""
-    latents, then = load_latents(file)
-    now = json.loads(as_json(record))
-    for name in now.keys() | then.keys():
-        if name not in ("device", "versions") and now.get(name) != then.get(name):
-            raise ValueError(f"{file} was made with {name}={then.get(name)}, not {now.get(name)}; "
-                             "give the same settings, delete it, or choose another --out")  # fmt: skip
-    return latents
-
-
-def fade(before: np.ndarray, after: np.ndarray, overlap: int) -> np.ndarray:
-    """`after`, its first frames, which `before` ends with as well, mixed with those: ever less of `before`.
-
-    What the VAE changes of known frames would else be seen as a jump. The reference's fade (predict_i2v.py)
-    begins with 0, 1/overlap, 2/overlap, …; these weights begin a frame earlier and so rise by less.
-    """
-    weights = np.arange(1, overlap + 1, dtype=np.float32)[:, None, None, None] / (overlap + 1)
-    mixed = before[-overlap:] + weights * (after[:overlap] - before[-overlap:].astype(np.float32))
-    return np.concatenate([mixed.round().astype(np.uint8), after[overlap:]])
-
-
 # ---------------------------------------------------------------- what is said before the start
 
 
@@ -707,12 +261,16 @@ def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
     Activations are counted in maps of the VAE's widest layers and in tokens of the transformer's width; the
     factors are measured, of decoding on an H200 in bf16, else on CPUs.
     """
-    size, dit = models.dtype.itemsize, models.config
-    tokens = num_tokens(4 * latents[2] - 3, 8 * latents[3], 8 * latents[4], dit.patch_size_t or 1)
-    prompts = 2 if tokens <= SMALL_TOKENS else 1
-    pixel_map = models.vae_config.block_out_channels[1] * 64 * latents[3] * latents[4] * size
-    token_map = prompts * (dit.max_text_seq_length + tokens) * dit.dim * size
+    size = models.dtype.itemsize
+    config = models.config
+    _, _, f, h, w = latents
+    tokens = num_tokens(4 * f - 3, 8 * h, 8 * w, config.patch_size_t or 1)
+    at_once = 2 if tokens <= SMALL_TOKENS else 1
+    pixel_map = models.vae_config.block_out_channels[1] * 64 * h * w * size
+    token_map = at_once * (config.max_text_seq_length + tokens) * config.dim * size
     weights = {name: count * size for name, count in models.num_parameters.items()}
+    if models.low_memory:
+        weights["transformer"] = models.num_parameters["transformer"]
     if models.keep:
         weights = dict.fromkeys(weights, sum(weights.values()))
     else:
@@ -727,7 +285,8 @@ def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
 
 def describe(models: Models, requests: list[Request], known: Known) -> str:
     """The lines printed at the start: model, sizes, tokens, memory of each stage, and what was decided."""
-    request, config = requests[0], models.config
+    request = requests[0]
+    config = models.config
     latents = latent_shape(config, known)
     num_padded = num_padding(config, latent_grid(*known[:3])[0])
     tokens = num_tokens(*known[:3], config.patch_size_t or 1)
@@ -740,22 +299,28 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     for name, component in (("transformer", config), ("vae", models.vae_config)):
         if unknown := unknown_keys(component):
             notes.append(f"{name}/config.json has keys we do not know: {', '.join(unknown)}")
-    return "\n".join([
+    lines = [
         f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, "
         f"{models.num_parameters['transformer'] / 1e9:.3g} B parameters",
         f"video    {len(requests)} of {known.width}x{known.height}, {known.num_frames} frames -> "
         f"{latents[2]} latent frames -> {tokens} tokens",
         f"sampler  {request.sampler}, {request.num_steps} steps, strength {request.strength:g}, "
         f"guidance {request.guidance_scale:g}",
-        f"device   {models.device}, {str(models.dtype)[6:]}",
+        f"device   {models.device}, {str(models.dtype)[6:]}{', matrices as float8' * models.low_memory}",
         f"memory   about {memory} GiB",
-        *(f"note     {note}" for note in notes),
-    ])  # fmt: skip
+    ]
+    if request.step_cache:
+        from stepcache import announce  # here and above, so that stepcache.py can be deleted
+
+        timesteps = models.schedule.timesteps(request.num_steps)[-request.num_taken :]
+        lines.append(f"cache    {announce(models, request.step_cache, timesteps)}")
+    return "\n".join([*lines, *(f"note     {note}" for note in notes)])
 
 
 def prompt_notes(models: Models, requests: list[Request]) -> list[str]:
     """What of the prompts does not reach the network: what is too long, and words a small model lacks."""
-    notes, tokenizer = [], models.tokenizer
+    notes = []
+    tokenizer = models.tokenizer
     for prompt in dict.fromkeys(request.prompt for request in requests):
         if len(tokenizer.encode(prompt)) >= models.config.max_text_seq_length:  # one place is for </s>
             notes.append(f"{prompt:.40}… is cut to {models.config.max_text_seq_length} tokens")
@@ -860,7 +425,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--height", "multiple of 16; default: the model's own, or near it at the input's aspect", type=int)
     add("--width", "multiple of 16; default: as for --height", type=int)
     add("--num-frames", "4k+1; 1 makes a picture; default: the model's own, or the clip's", type=int)
-    add("--num-steps", "steps of the sampler", type=int)
+    add("--num-steps", "steps of the sampler; with --sampler dpm++ 20 come near to 50", type=int)
     add("--guidance-scale", "pull towards the prompt; 1: none; default: the model's own, else 6", type=float)
     add("--dynamic-guidance", "vary it over the steps, as the reference can", **switch)
     add("--guidance-interval", "timesteps to guide, 999 the noisiest", type=int, nargs=2)
@@ -871,8 +436,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--num-videos", "videos per prompt, with seeds counted up from --seed", type=int, default=1)
     add("--fps", "clips are read and videos written at it; default: the model's, 8 or 16", type=float)
     add("--tiled", "the VAE works in tiles: less memory, slightly other pixels", **switch)
+    add("--step-cache", "skip blocks where they change less than this: faster, try 0.1; 0: never", type=float)
     add("--dtype", "default: bfloat16 on a GPU, else float32", choices=DTYPES)
     add("--device", "such as cuda, cuda:1, mps, cpu; default: the best there is")
+    add("--low-memory", "transformer weights as float8: half the memory, other numbers", action="store_true")
     add("--compile", "torch.compile the transformer: slow to start, faster steps", action="store_true")
     add("--out", ".mp4, .gif, .png (a strip of frames), or a folder for NNNN.mp4; default: outputs")
     add("--from-latents", "only decode latents saved by an earlier run", metavar="FILE")
@@ -916,6 +483,7 @@ def open_models(args: argparse.Namespace) -> Models:
     loras = [parse_lora(text) for text in args.lora or []]
     models = load_models(find_model(args.model or TINY), dtype, device, loras=loras)
     models.compile = args.compile
+    models.low_memory = args.low_memory
     return models
 
 
@@ -958,37 +526,6 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, say: C
             yield path, decode(models, latents, record["tiled"], progress), record
 
 
-def make_long_videos(
-    models: Models, args: argparse.Namespace, settings: dict, say: Callable
-) -> Iterator[Video]:
-    """Each is written while it is made. Segments of one that was broken off are found beside it."""
-    models.keep = True  # every segment needs all networks
-    num_frames = settings.pop("num_frames")
-    count = len(args.prompt) * len(args.seed or [0]) * args.num_videos
-    paths = agree(output_paths(Path(args.out), count, ".mp4"))
-    if args.seed is None and segment_file(paths[0], 0).is_file():
-        _, record = load_latents(segment_file(paths[0], 0))
-        args.seed = [record.get("seed", 0)]
-    requests = make_requests(models, args, settings)
-    overlaps = segments(num_frames, native_size(models.config)[2])
-    say(describe(models, requests, read_inputs(requests[0], models.config)))
-    seeds = ", ".join(str(request.seed) for request in requests)
-    say(f"{num_frames} frames in {len(overlaps)} segments, which have {str(overlaps[1:])[1:-1]} frames in "
-        f"common with those before; seeds {seeds}")  # fmt: skip
-    for request, path in deal(models, list(zip(requests, paths))):
-        progress = not args.quiet and models.writes
-        asked = settings | {"seed": request.seed}
-        chunks = generate_long(models, request.prompt, num_frames, path, progress, **asked)
-        record = make_record(models, request, num_frames, request.height, request.width)
-        if models.writes:
-            yield path, chunks, record
-            for i in range(len(overlaps)):
-                segment_file(path, i).unlink()
-        else:
-            for _ in chunks:
-                pass
-
-
 def decode_again(args: argparse.Namespace) -> tuple[Models, Iterator[Video]]:
     """From latents that were saved, with the model, dtype and fps of then unless others are given."""
     latents, record = load_latents(Path(args.from_latents))
@@ -1024,17 +561,24 @@ def run(args: argparse.Namespace) -> None:
         models, videos = decode_again(args)
     else:
         models = open_models(args)
-        make = make_long_videos if is_long(models, args.num_frames) else make_videos
-        videos = make(models, args, settings, tell)
+        if models.kind == "inpaint" and (args.num_frames or 0) > native_size(models.config)[2]:
+            from long_video import make_long_videos  # here, so that long_video.py can be deleted
+
+            videos = make_long_videos(models, args, settings, tell)
+        else:
+            videos = make_videos(models, args, settings, tell)
     for path, chunks, record in videos:
         write_video(chunks, path, record["fps"])
         with atomic_write(path.with_suffix(".json")) as temporary:
             temporary.write_text(as_json(record) + "\n")
         tell(path)
     tell(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in models.seconds.items()))
+    computed, forwards = models.forwards
+    if forwards:
+        tell(f"step cache: {computed} of {forwards} forwards of the transformer computed in full")
 
 
-MEMORY_REMEDY = "try a smaller --height, --width or --num-frames, --tiled, or --dtype bfloat16"
+MEMORY_REMEDY = "try a smaller --height, --width or --num-frames, --tiled, --low-memory, or --dtype bfloat16"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1052,4 +596,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import sample  # this file once more, as the one module that long_video.py knows, too
+
+    sys.exit(sample.main())

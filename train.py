@@ -51,6 +51,7 @@ import sample
 from data import Epochs, Key, Loader, Micro, Plan, Record, Sample, load_sample, pixels_of
 from diffusion import NUM_TIMESTEPS, Schedule, ScheduleConfig
 from inpaint import MASK_KINDS, add_reference_noise, draw_noise_sigma, encode_masked, join_condition
+from kinds import max_num_frames, model_kind
 from media import to_pixels, write_video
 from optim import Optim, clip_norm, learning_rate
 from runtime import NUM_RANKS, RANK, atomic_write, gather, generator, say, sum_over_ranks, wait_for_ranks
@@ -61,8 +62,6 @@ from transformer import (
     TransformerConfig,
     VideoTransformer,
     grow_input_channels,
-    max_num_frames,
-    model_kind,
 )
 from vae import VAEConfig, VideoVAE, sample_posterior
 

@@ -15,6 +15,7 @@ b batch · f frames · h w height, width · c channels · n video tokens · L te
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from checkpoint import MAX_SHARD_BYTES, component_dir, load_component, only, save_component
 from embeddings import Grid, Rope, patchify, rope_table, rotate, sincos_table, timestep_embedding, unpatchify
-from sizes import MAX_FRAMES, check_frames, check_side, latent_frames, near_side, video_frames
+from sizes import latent_frames
 
 
 @dataclass
@@ -99,6 +100,30 @@ class TransformerConfig:
     def patch(self) -> tuple[int, int]:
         """Latent frames and latent pixels per side of one token."""
         return self.patch_size_t or 1, self.patch_size
+
+
+POSITIONS = ("interpolate", "regenerate", "slice")
+
+
+def position_rule(config: TransformerConfig) -> str | None:
+    """What a model with added positions does off its native grid; None if it has RoPE alone.
+
+    "interpolate": stretch the native table in space, cut it in time. CogVideoX-Fun does so; its models are
+        those with condition channels.
+    "regenerate": compute the table for the grid at hand. diffusers does so for plain CogVideoX, and in place
+        of learned positions at another number of frames.
+    "slice", for comparison only: the first n rows of the flattened native table, as the original CogVideoX
+        takes them. On a narrower grid they break lines in the wrong places.
+    `train.py --set position=…` picks another rule; the folders it writes say so: "position" in config.json.
+    """
+    if "position" in config.extra:
+        only(config, position=POSITIONS)
+        return config.extra["position"]
+    if config.use_learned_positional_embeddings:
+        return "regenerate"
+    if config.use_rotary_positional_embeddings:
+        return None
+    return "interpolate" if config.in_channels != config.out_channels else "regenerate"
 
 
 # ---------------------------------------------------------------- into tokens
@@ -271,6 +296,24 @@ CHECKPOINTING = {  # what the backward pass finds of a block: its input; and the
 }
 
 
+def run_blocks(
+    blocks: Iterable[Block],
+    tokens: Tensor,
+    temb: Tensor,
+    rope: Rope | None,
+    num_text: int,
+    checkpointing: str | None = None,
+) -> Tensor:
+    """Tokens b L+n d through blocks, one after the other; checkpointing: a key of CHECKPOINTING."""
+    for block in blocks:
+        if checkpointing:
+            how = CHECKPOINTING[checkpointing]
+            tokens = checkpoint(block, tokens, temb, rope, num_text, use_reentrant=False, **how)
+        else:
+            tokens = block(tokens, temb, rope, num_text)
+    return tokens
+
+
 OFS = 2.0  # the only value CogVideoX1.5 was ever given
 
 
@@ -291,6 +334,7 @@ class VideoTransformer(nn.Module):
         p_t, p = config.patch
         self.proj_out = nn.Linear(config.dim, config.out_channels * p_t * p * p)
 
+        self.run_blocks = run_blocks  # stepcache.py and parallel.py put their own here
         self.activation_checkpointing: str | None = None  # a key of CHECKPOINTING: recompute in backward
         self.position = position_rule(config)
         self._init_weights()
@@ -345,26 +389,21 @@ class VideoTransformer(nn.Module):
         if added is not None:
             tokens = tokens + added.to(tokens.dtype)
 
-        temb = self._time_vector(timesteps, noisy)
-        for block in self.transformer_blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                how = CHECKPOINTING[self.activation_checkpointing]
-                tokens = checkpoint(block, tokens, temb, rope, num_text, use_reentrant=False, **how)
-            else:
-                tokens = block(tokens, temb, rope, num_text)
+        timesteps = torch.as_tensor(timesteps, device=noisy.device).expand(len(noisy))
+        temb = self.time_vector(timesteps, noisy.dtype)
+        kept = self.activation_checkpointing if torch.is_grad_enabled() else None
+        tokens = self.run_blocks(self.transformer_blocks, tokens, temb, rope, num_text, kept)
 
         video = self.norm_out(self.norm_final(tokens[:, num_text:]), temb)
         return unpatchify(self.proj_out(video), grid, p_t, p)[:, :, :f]
 
-    def _time_vector(self, timesteps: Tensor | int, noisy: Tensor) -> Tensor:
-        """temb b time_embed_dim."""
-        timesteps = torch.as_tensor(timesteps, device=noisy.device).expand(len(noisy))
-        temb = self.time_embedding(timestep_embedding(timesteps, self.config.dim).to(noisy.dtype))
+    def time_vector(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """temb b time_embed_dim, of timesteps b."""
+        sinusoids = timestep_embedding(timesteps, self.config.dim)
+        temb = self.time_embedding(sinusoids.to(dtype))
         if self.ofs_embedding is not None:
-            ofs = torch.full_like(timesteps, OFS)
-            temb = temb + self.ofs_embedding(
-                timestep_embedding(ofs, self.config.ofs_embed_dim).to(noisy.dtype)
-            )
+            sinusoids = timestep_embedding(torch.full_like(timesteps, OFS), self.config.ofs_embed_dim)
+            temb = temb + self.ofs_embedding(sinusoids.to(dtype))
         return temb
 
     def _positions(
@@ -407,8 +446,6 @@ class VideoTransformer(nn.Module):
         frames, rows, cols = config.native_grid
         if self.position == "interpolate" and f > frames:
             raise ValueError(f"{f} latent frames; this model's positions end at {frames}")
-        if self.position == "slice" and f * h * w > 4 * frames * rows * cols:
-            raise ValueError(f"{f * h * w // 4} tokens; a sliced table ends at {frames * rows * cols}")
         if config.use_learned_positional_embeddings and (h, w) != (2 * rows, 2 * cols):
             raise ValueError(f"latents are {h}x{w}; learned positions only fit {2 * rows}x{2 * cols}")
 
@@ -431,128 +468,6 @@ class VideoTransformer(nn.Module):
         """
         stamps = {"_class_name": "CogVideoXTransformer3DModel", "max_shard_bytes": max_shard_bytes}
         save_component(self, Path(model_dir) / "transformer", state=state, **stamps)
-
-
-POSITIONS = ("interpolate", "regenerate", "slice")
-
-
-def position_rule(config: TransformerConfig) -> str | None:
-    """What a model with added positions does off its native grid; None if it has RoPE alone.
-
-    "interpolate": stretch the native table in space, cut it in time. CogVideoX-Fun does so; its models are
-        those with condition channels.
-    "regenerate": compute the table for the grid at hand. diffusers does so for plain CogVideoX, and in place
-        of learned positions at another number of frames.
-    "slice", for comparison only: the first n rows of the flattened native table, as the original CogVideoX
-        takes them. On a narrower grid they break lines in the wrong places.
-    `train.py --position` picks another rule, and the folders it writes say so: "position" in config.json.
-    """
-    if "position" in config.extra:
-        only(config, position=POSITIONS)
-        return config.extra["position"]
-    if config.use_learned_positional_embeddings:
-        return "regenerate"
-    if config.use_rotary_positional_embeddings:
-        return None
-    return "interpolate" if config.in_channels != config.out_channels else "regenerate"
-
-
-# ---------------------------------------------------------------- what a model can be asked for
-
-
-def model_kind(config: TransformerConfig) -> str:
-    """text, inpaint, control or image: what a transformer was trained to be told beside the noisy latents."""
-    extra = config.in_channels - config.out_channels
-    if extra == 0:
-        return "text"
-    if extra == config.out_channels + 1:
-        return "inpaint"
-    if extra == config.out_channels:
-        is_image = config.use_learned_positional_embeddings or config.ofs_embed_dim
-        return "image" if is_image else "control"
-    raise ValueError(f"in_channels = {config.in_channels} is no kind of model we know; 16, 32 and 33 are")
-
-
-def is_cogvideox15(config: TransformerConfig) -> bool:
-    """CogVideoX1.5 as diffusers runs it, and not Fun V1.5, which has other rules for sizes."""
-    return config.patch_size_t is not None and model_kind(config) in ("text", "image")
-
-
-def native_size(config: TransformerConfig) -> tuple[int, int, int]:
-    """(height, width, frames) a model is made for.
-
-    Files of models with patch_size_t may say 300×300 latents; they live at 480×720×85 pixels (Fun V1.5) and
-    768×1360×81 (CogVideoX1.5).
-    """
-    height, width, num_frames = 8 * config.sample_height, 8 * config.sample_width, config.sample_frames
-    if is_cogvideox15(config):
-        height, width = min(768, height), min(1360, width)
-    elif config.patch_size_t:
-        height, width, num_frames = min(480, height), min(720, width), 85
-    return height // 16 * 16, width // 16 * 16, video_frames(latent_frames(num_frames))
-
-
-def native_fps(config: TransformerConfig) -> float:
-    """Frames a second of the clips a model learnt from, for reading as for writing."""
-    return 16.0 if is_cogvideox15(config) else 8.0
-
-
-def max_num_frames(config: TransformerConfig) -> int:
-    """Interpolated positions end with their table. RoPE goes on."""
-    if config.use_rotary_positional_embeddings or model_kind(config) == "text":
-        return MAX_FRAMES
-    return video_frames(latent_frames(config.sample_frames))
-
-
-def check_size(
-    config: TransformerConfig, height: int | None, width: int | None, num_frames: int | None
-) -> None:
-    """ValueError, with what to try, for a size this model cannot make; None is not looked at."""
-    for name, size in (("height", height), ("width", width)):
-        if size is None:
-            continue
-        check_side(name, size)
-        native = 8 * getattr(config, f"sample_{name}")
-        if config.use_learned_positional_embeddings and size != native:
-            raise ValueError(f"{name}={size}; this model's learned positions only fit {name}={native}")
-    if num_frames is None:
-        return
-    check_frames(num_frames)
-    if num_frames > max_num_frames(config):
-        raise ValueError(f"num_frames={num_frames} is more than this model's positions hold; "
-                         f"the most is {max_num_frames(config)}")  # fmt: skip
-
-
-def choose_size(
-    config: TransformerConfig, height: int | None, width: int | None, source: tuple[int, int] | None
-) -> tuple[int, int]:
-    """Height and width: as asked; else the native area at the aspect of the source (its height, width)."""
-    native_height, native_width, _ = native_size(config)
-    if source is None or config.use_learned_positional_embeddings:  # learned positions fit one size only
-        return height or native_height, width or native_width
-    aspect = source[0] / source[1]
-    exact = height or (width * aspect if width else math.sqrt(native_height * native_width * aspect))
-    return height or near_side(exact), width or near_side(exact / aspect)
-
-
-def legal_num_frames(config: TransformerConfig, num_frames: int, from_clip: bool = False) -> int:
-    """The largest number of frames the model can make that is not above num_frames.
-
-    Models with patch_size_t take latent frames in pairs. Fun V1.5 gives up the last of an odd number above
-    one, and so does CogVideoX1.5 where it starts from a clip; else it puts one more in front, `num_padding`.
-    """
-    count = latent_frames(min(num_frames, max_num_frames(config)))
-    pads = is_cogvideox15(config) and not from_clip
-    if config.patch_size_t and count > 1 and not pads:
-        count -= count % config.patch_size_t
-    return video_frames(count)
-
-
-def num_padding(config: TransformerConfig, num_latent_frames: int) -> int:
-    """How many latent frames CogVideoX1.5 makes in front of a video, to be dropped before decoding."""
-    if is_cogvideox15(config) and num_latent_frames > 1:
-        return num_latent_frames % config.patch_size_t
-    return 0
 
 
 # ---------------------------------------------------------------- from one kind to another

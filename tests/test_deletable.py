@@ -14,7 +14,17 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-DELETABLE = ["lora", "cache", "parallel", "shapes", "train_vae", "check_data", "vae_fast", "stepcache"]
+DELETABLE = [
+    "lora",
+    "cache",
+    "parallel",
+    "shapes",
+    "train_vae",
+    "check_data",
+    "vae_fast",
+    "stepcache",
+    "float8",
+]
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import evaluate
 import numpy as np
+import options
 import pytest
 
+import sample
 from shapes import HELD_OUT, sample_scene
 
 SCENE = next(s for s in (sample_scene(3, i, HELD_OUT) for i in range(9)) if s.motion == "moves left")
@@ -77,3 +79,14 @@ def test_intervals_are_wilsons():
     """For 8 of 10: 0.490 … 0.943 (Wilson's table)."""
     assert evaluate.wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
     assert evaluate.number("fit", [0.9, 0.9]) == pytest.approx([0.9, 0.9, 0.9])
+
+
+def test_the_ways_of_sampling_are_compared_with_the_first(capsys, monkeypatch):
+    monkeypatch.setattr(options, "NUM_STEPS", 8)
+    monkeypatch.setitem(options.ROWS, "step cache 0.2", {"step_cache": 0.9})  # of eight steps some
+    options.main([str(sample.TINY), "--num", "1", "--rows", "step cache 0.2", "dpm++ 6", "low memory"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["ddim 50", "step cache 0.2", "dpm++ 6", "low memory"]
+    assert [row[2] == "100%" for row in rows] == [True, False, True, True]
+    decibels = [float(row[3]) for row in rows[1:]]
+    assert 15 < min(decibels) and max(decibels) < 60

@@ -15,17 +15,19 @@ import sample
 import train
 from diffusion import NUM_TIMESTEPS, SAMPLER_OF_CLASS, SAMPLERS, SNR_SHIFTED, Schedule
 from inpaint import MASK_KINDS, inpaint_condition, random_mask, resize_mask
-from media import read_mask
-from sample import Request, generate, load_models
-from sizes import frames_for
-from transformer import (
-    TransformerConfig,
+from kinds import (
     is_cogvideox15,
     legal_num_frames,
     max_num_frames,
     model_kind,
     native_fps,
     native_size,
+)
+from media import read_mask
+from sample import Request, generate, load_models
+from sizes import frames_for
+from transformer import (
+    TransformerConfig,
     position_rule,
 )
 from vae import VideoVAE, decode_chunks, encode_chunks

@@ -15,10 +15,12 @@ import torch
 from conftest import GOLDENS, assert_close, expected
 from PIL import Image
 
+import long_video
 import sample
-from media import write_video
-from sample import Request, complete, generate, load_models, read_inputs
-from transformer import choose_size, native_size
+from kinds import choose_size, native_size
+from media import read_video, write_video
+from request import Request, complete, read_inputs
+from sample import generate, load_models
 from vae import VideoVAE
 
 ASSETS = GOLDENS / "fun-2b-inp/assets"
@@ -318,8 +320,8 @@ def test_sampling_leaves_training_possible():
 
 def test_segments_fill_any_length_and_always_overlap():
     for num_frames in range(17, 400, 4):
-        shared = sample.segments(num_frames, 17)
-        assert shared[0] == 0 and all(sample.OVERLAP <= n < 17 and n % 4 == 1 for n in shared[1:])
+        shared = long_video.segments(num_frames, 17)
+        assert shared[0] == 0 and all(long_video.OVERLAP <= n < 17 and n % 4 == 1 for n in shared[1:])
         assert sum(17 - n for n in shared) == num_frames
 
 
@@ -337,11 +339,11 @@ def test_a_long_video_gives_each_segment_the_last_frames_of_the_one_before(monke
     start, end = (np.full((32, 48, 3), level, np.uint8) for level in (200, 20))
     settings = {"image": start, "end_image": end, "num_steps": 1, "seed": 3}
     with pytest.raises(ValueError, match="4k\\+1"):
-        list(sample.generate_long(models, "a cat", 2 * length, **settings))
+        list(long_video.generate_long(models, "a cat", 2 * length, **settings))
     num_frames = 2 * length - 1
-    video = np.concatenate(list(sample.generate_long(models, "a cat", num_frames, **settings)))
+    video = np.concatenate(list(long_video.generate_long(models, "a cat", num_frames, **settings)))
     assert video.shape == (num_frames, 32, 48, 3)
-    overlaps = sample.segments(num_frames, length)
+    overlaps = long_video.segments(num_frames, length)
     assert len(requests) == len(overlaps) == 3
     assert requests[0][0]["image"] is start and requests[0][0]["end_image"] is None
     before, done = requests[0][1], 0
@@ -349,7 +351,7 @@ def test_a_long_video_gives_each_segment_the_last_frames_of_the_one_before(monke
         assert np.array_equal(settings["video"][:n], before[-n:])
         assert not settings["mask"][:n].any() and settings["mask"][n:-1].all()
         assert np.array_equal(video[done : done + length - n], before[:-n])
-        before, done = sample.fade(before, frames, n), done + length - n
+        before, done = long_video.fade(before, frames, n), done + length - n
     assert np.array_equal(video[done:], before)
     assert requests[1][0]["mask"][-1].all() and not requests[2][0]["mask"][-1].any()
     assert (requests[2][0]["video"][-1] == 20).all()
@@ -384,14 +386,14 @@ def test_a_long_video_goes_on_from_the_segments_beside_it(tmp_path, monkeypatch,
 
 def test_a_segment_fades_in_over_the_frames_it_shares():
     before, after = (np.full((6, 2, 2, 3), level, np.uint8) for level in (100, 0))
-    assert sample.fade(before, after, 5)[:, 0, 0, 0].tolist() == [83, 67, 50, 33, 17, 0]
+    assert long_video.fade(before, after, 5)[:, 0, 0, 0].tolist() == [83, 67, 50, 33, 17, 0]
 
 
 def test_the_command_line_makes_long_videos_of_inpaint_models_only(tmp_path, capsys):
     options = ["a cat", *"--num-steps 1 --height 32 --width 32 --num-frames 25 --seed 1".split()]
     out = tmp_path / "long.mp4"
     assert sample.main([*options, "--model", str(GOLDENS / "fun-2b-inp"), "--out", str(out)]) == 0
-    assert len(sample.read_video(out, 100)) == 25
+    assert len(read_video(out, 100)) == 25
     assert "25 frames in" in capsys.readouterr().out and out.with_suffix(".json").exists()
     assert sample.main([*options, "--model", str(GOLDENS / "fun-2b-control"), "--out", str(out)]) == 2
     clip = ["--video", str(out), "--strength", "0.5", "--num-steps", "2"]

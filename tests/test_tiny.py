@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import long_video
+import media
 import sample
 from diffusion import Schedule
 from shapes import HELD_OUT, WORDS, read_attributes
@@ -24,7 +26,7 @@ def test_it_is_small_and_says_where_it_comes_from():
 def test_the_default_model_shows_the_color_and_ground_asked_for(tmp_path):
     out = tmp_path / "clip.mp4"
     assert sample.main([PROMPT, "--seed", "1", "--num-steps", "20", "--out", str(out), "--quiet"]) == 0
-    found = read_attributes(sample.read_video(out, 17))
+    found = read_attributes(media.read_video(out, 17))
     assert found["color"] == "red" and found["background"] == "black"
     assert len(found["areas"]) == 17
     record = json.loads(out.with_suffix(".json").read_text())
@@ -56,7 +58,7 @@ def test_it_makes_other_sizes(size, tmp_path):
 def test_the_seams_of_long_videos_move_no_more_than_the_rest_of_them():
     """Change from frame to frame where a segment follows another, against elsewhere, over three videos."""
     models = sample.load_models(TINY, keep=True)
-    length, [_, shared] = 17, sample.segments(29, 17)
+    length, [_, shared] = 17, long_video.segments(29, 17)
     seam = slice(length - shared - 1, length)  # the shared frames and both of their neighbours
     at_seams, elsewhere = [], []
     for prompt in (
@@ -64,7 +66,7 @@ def test_the_seams_of_long_videos_move_no_more_than_the_rest_of_them():
         "a red circle moves left on a black background",
         "a blue square grows on a white background",
     ):
-        frames = np.concatenate(list(sample.generate_long(models, prompt, 29, num_steps=10, seed=1)))
+        frames = np.concatenate(list(long_video.generate_long(models, prompt, 29, num_steps=10, seed=1)))
         changes = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
         at_seams.append([changes[seam].mean(), changes[seam].max()])
         elsewhere.append([np.delete(changes, seam).mean(), np.delete(changes, seam).max()])

@@ -61,10 +61,13 @@ def drawn(scene: Scene, side: int = 64) -> np.ndarray:
     return shapes.draw([scene], height=side, width=side)[0].numpy()
 
 
+def seed_of(scene: Scene) -> int:
+    return random.Random(f"{SEED} {scene}").randrange(2**31)
+
+
 def make(models: sample.Models, scene: Scene, prompt: str | None = None, **settings) -> np.ndarray:
     """A clip from the scene's caption, or another prompt; each scene has a seed of its own."""
-    seed = random.Random(f"{SEED} {scene}").randrange(2**31)
-    settings |= {"seed": seed, "num_steps": NUM_STEPS, "guidance_scale": GUIDANCE}
+    settings |= {"seed": seed_of(scene), "num_steps": NUM_STEPS, "guidance_scale": GUIDANCE}
     return sample.generate(models, prompt or scene.caption(), **settings)
 
 

@@ -25,8 +25,9 @@ from diffusion import SAMPLERS  # noqa: E402
 from embeddings import sincos_table  # noqa: E402
 from inpaint import MASK_KINDS, inpaint_condition, random_mask  # noqa: E402
 from media import to_pixels, to_uint8  # noqa: E402
+from request import Request, complete, place_pictures  # noqa: E402
 from runtime import generator  # noqa: E402
-from sample import TINY, Request, complete, encode_text, guided, load_models, place_pictures  # noqa: E402
+from sample import TINY, encode_text, guided, load_models  # noqa: E402
 from shapes import Scene, draw  # noqa: E402
 from sizes import frames_for, latent_grid, num_tokens  # noqa: E402
 from transformer import TransformerConfig  # noqa: E402

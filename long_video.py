@@ -1,0 +1,159 @@
+"""Videos longer than the model: segments, each of which is given the last frames of the one before.
+
+    segment 1  ├──────────────┤           sampled as usual
+    segment 2            ├╌╌╌╌┼─────────┤    ╌ known frames of an inpaint model, over which it fades in
+    segment 3                      ├╌╌╌╌┼─────────┤    the last segment is given the end picture
+
+Memory does not grow with the length. The latents of each segment are saved beside the video until it is
+written, so the same command goes on where it was broken off. This file may be deleted.
+
+f frames · h w height, width
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+import sample
+from kinds import native_size
+from media import Picture, read_image, resize
+from request import Request, complete, read_inputs
+from runtime import agree
+from sample import Models, Video
+from sizes import check_frames
+
+OVERLAP = 5  # frames that a segment is given of the one before: two latent frames
+
+
+def segments(num_frames: int, length: int, overlap: int = OVERLAP) -> list[int]:
+    """How many frames each segment has in common with the one before, for num_frames in segments of `length`.
+
+    The first has none; the last as many as are needed to fill it. ValueError unless num_frames is 4k+1.
+    """
+    check_frames(num_frames)
+    shared = [0]
+    done = length
+    while done < num_frames:
+        new = min(length - overlap, num_frames - done)
+        shared.append(length - new)
+        done += new
+    return shared
+
+
+def generate_long(
+    models: Models,
+    prompt: str,
+    num_frames: int,
+    saved: Path | None = None,
+    progress: bool = False,
+    **settings,
+) -> Iterator[np.ndarray]:
+    """A video of any length, in chunks uint8 f h w 3.
+
+    settings: as for `generate`, but what gives other frames than the first and last ones
+    saved: the video's path; the latents of segment i are kept beside it as …-segment-i.safetensors, and those
+        that are there already are not sampled again
+    raises ValueError for other models and settings, and if a kept segment was made with other settings
+    """
+    length = native_size(models.config)[2]
+    for name in ("video", "mask", "control_video", "latents"):
+        if settings.get(name) is not None:
+            raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no {name}; "
+                             f"leave it out, or make {length} frames")  # fmt: skip
+    whole = complete(Request(prompt, **settings), models)
+    record = sample.make_record(models, whole, num_frames, whole.height, whole.width)
+    overlaps = segments(num_frames, length)
+    before = None
+    for i, overlap in enumerate(overlaps):
+        is_last = i + 1 == len(overlaps)
+        end = whole.end_image if is_last else None
+        given = {"end_image": end} if before is None else continue_from(before[-overlap:], length, end)
+        request = settings | given | {"num_frames": length, "seed": whole.seed + i}
+        file = None if saved is None else segment_file(saved, i)
+        if file is not None and file.is_file():
+            latents = load_segment(file, record)
+        else:
+            latents = sample.generate(models, prompt, output="latents", progress=progress, **request)
+            if file is not None and models.writes:
+                sample.save_latents(file, latents, record)
+        frames = np.concatenate(list(sample.decode(models, latents, whole.tiled, progress)))
+        before = frames if before is None else fade(before, frames, overlap)
+        kept_back = 0 if is_last else overlaps[i + 1]  # the next segment fades in over them
+        yield before[: length - kept_back]
+
+
+def continue_from(known: np.ndarray, length: int, end_image: Picture | None) -> dict:
+    """The settings of a segment that begins with the known frames, uint8 f h w 3, and ends with a picture."""
+    height, width = known.shape[1:3]
+    video = np.zeros((length, height, width, 3), np.uint8)
+    mask = np.full_like(video, 255)
+    video[: len(known)] = known
+    mask[: len(known)] = 0
+    if end_image is not None:
+        video[-1] = resize(read_image(end_image), height, width)
+        mask[-1] = 0
+    return {"image": None, "end_image": None, "video": video, "mask": mask, "height": height, "width": width}
+
+
+def fade(before: np.ndarray, after: np.ndarray, overlap: int) -> np.ndarray:
+    """`after`, its first frames, which `before` ends with as well, mixed with those: ever less of `before`.
+
+    What the VAE changes of known frames would else be seen as a jump. The reference's fade (predict_i2v.py)
+    begins with 0, 1/overlap, 2/overlap, …; these weights begin a frame earlier and so rise by less.
+    """
+    weights = np.arange(1, overlap + 1, dtype=np.float32)[:, None, None, None] / (overlap + 1)
+    mixed = before[-overlap:] + weights * (after[:overlap] - before[-overlap:].astype(np.float32))
+    return np.concatenate([mixed.round().astype(np.uint8), after[overlap:]])
+
+
+# ---------------------------------------------------------------- segments on disk
+
+
+def segment_file(path: Path, i: int) -> Path:
+    return path.with_name(f"{path.stem}-segment-{i + 1}.safetensors")
+
+
+def load_segment(file: Path, record: dict) -> Tensor:
+    """Its latents; ValueError if the record of then, but for the device, is not the record of now."""
+    latents, then = sample.load_latents(file)
+    now = json.loads(sample.as_json(record))
+    for name in now.keys() | then.keys():
+        if name not in ("device", "versions") and now.get(name) != then.get(name):
+            raise ValueError(f"{file} was made with {name}={then.get(name)}, not {now.get(name)}; "
+                             "give the same settings, delete it, or choose another --out")  # fmt: skip
+    return latents
+
+
+def make_long_videos(
+    models: Models, args: argparse.Namespace, settings: dict, tell: Callable
+) -> Iterator[Video]:
+    """In place of `sample.make_videos`: each is written while it is made."""
+    models.keep = True  # every segment needs all networks
+    num_frames = settings.pop("num_frames")
+    count = len(args.prompt) * len(args.seed or [0]) * args.num_videos
+    paths = agree(sample.output_paths(Path(args.out), count, ".mp4"))
+    if args.seed is None and segment_file(paths[0], 0).is_file():
+        _, record = sample.load_latents(segment_file(paths[0], 0))
+        args.seed = [record.get("seed", 0)]
+    requests = sample.make_requests(models, args, settings)
+    overlaps = segments(num_frames, native_size(models.config)[2])
+    tell(sample.describe(models, requests, read_inputs(requests[0], models.config)))
+    seeds = ", ".join(str(request.seed) for request in requests)
+    tell(f"{num_frames} frames in {len(overlaps)} segments, which have {str(overlaps[1:])[1:-1]} frames in "
+         f"common with those before; seeds {seeds}")  # fmt: skip
+    for request, path in sample.deal(models, list(zip(requests, paths))):
+        progress = not args.quiet and models.writes
+        asked = settings | {"seed": request.seed}
+        chunks = generate_long(models, request.prompt, num_frames, path, progress, **asked)
+        record = sample.make_record(models, request, num_frames, request.height, request.width)
+        if models.writes:
+            yield path, chunks, record
+            for i in range(len(overlaps)):
+                segment_file(path, i).unlink()
+        else:
+            for _ in chunks:
+                pass
