@@ -25,7 +25,8 @@ SMALL += "--resolutions 32 --max-tokens 12 --batch-size 2 --grad-accum 2 --num-p
 SMALL += "--preview-steps 1 --num-workers 1 --lr 1e-4 --dtype float32 --device cpu".split()
 SET = "--set num_shapes=24 warmup_steps=1 ema_decay=0.5 cached_draws=0 keep_on_device=false".split()
 SET += ["save_dtype=null"]
-KINDS = {"dit": ["--num-previews", "1"], "vae": ["--train", "vae", "--num-previews", "1"]}
+KINDS = {"dit": ["--num-previews", "1", *SET, "optimizer=muon"]}
+KINDS["vae"] = ["--train", "vae", "--num-previews", "1"]
 KINDS["lora"] = ["--lora-rank", "2", "--activation-checkpointing", *SET, "optimizer=adamw"]
 KINDS["fun"] = ["--preset", "fun-2b", "--num-frames", "17"]  # AdamW with the reference's tiny eps
 KINDS["offload"] = ["--offload"]
