@@ -29,6 +29,7 @@ from torch import Tensor
 from checkpoint import component_dir, only, read_config, write_config
 
 NUM_TIMESTEPS = 1000
+CONFIG_NAME = "scheduler_config.json"
 SNR_SHIFTED = {"ddim-cog", "dpm-cog"}  # these take a Schedule with snr_shift=True, all others one without
 
 SAMPLER_OF_CLASS = {  # the scheduler class a checkpoint names -> our sampler
@@ -40,15 +41,15 @@ SAMPLER_OF_CLASS = {  # the scheduler class a checkpoint names -> our sampler
     "DPMSolverMultistepScheduler": "dpm++",
 }
 
-# Found in configs saved by other schedulers; they change the numbers, so any other value is refused.
+# Further keys that change the numbers, from configs of other schedulers: any other value is refused.
 ONLY = {"thresholding": False, "use_karras_sigmas": False, "algorithm_type": "dpmsolver++", "solver_order": 2}
 
 
 @dataclass
 class ScheduleConfig:
-    """Fields as in scheduler_config.json, and CogVideoX-2B's values; the 5B models have snr_shift_scale 1.
+    """scheduler_config.json, and CogVideoX-2B's values; the 5B models have snr_shift_scale 1.
 
-    raises ValueError for what no CogVideoX model has: all but the first three fields must keep their defaults
+    ValueError for what no CogVideoX has: all but the first three fields must keep their defaults.
     """
 
     beta_start: float = 0.00085  # variance of the noise added by the first step …
@@ -66,12 +67,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         free = ("beta_start", "beta_end", "snr_shift_scale", "extra")
-        needed = {f.name: f.default for f in fields(self) if f.name not in free}
-        for name, value in (needed | ONLY).items():
+        fixed = {f.name: f.default for f in fields(self) if f.name not in free}
+        for name, value in (fixed | ONLY).items():
             only(self, **{name: (value,)})
-        if not (0 < self.beta_start < self.beta_end < 1 and self.snr_shift_scale > 0):
-            raise ValueError(f"beta_start = {self.beta_start}, beta_end = {self.beta_end}, snr_shift_scale = "
-                             f"{self.snr_shift_scale} make no schedule")  # fmt: skip
 
 
 # ---------------------------------------------------------------- the schedule
@@ -99,16 +97,13 @@ def noise_table(config: ScheduleConfig, snr_shift: bool) -> Tensor:
     return table
 
 
-def check_timesteps(t: Tensor) -> None:
-    if t.is_floating_point() or t.min() < 0 or t.max() >= NUM_TIMESTEPS:
-        raise ValueError(f"timesteps {t.tolist()} should be integers from 0 to {NUM_TIMESTEPS - 1}")
-
-
 class Schedule:
-    """How much signal and noise there is at each timestep. Timesteps are an int, or long of shape b."""
+    """How much signal and noise there is at each timestep. Timesteps are an int, or long of shape b.
+
+    snr_shift: True for the samplers in SNR_SHIFTED, False for training and all other samplers
+    """
 
     def __init__(self, config: ScheduleConfig | None = None, snr_shift: bool = False) -> None:
-        """snr_shift: True for the samplers in SNR_SHIFTED, False for training and all other samplers."""
         self.config = config or ScheduleConfig()
         self.alphas_cumprod = noise_table(self.config, snr_shift)  # ā, on the CPU
         self._tables = {self.alphas_cumprod.device: self.alphas_cumprod}  # and copies where timesteps are
@@ -119,15 +114,15 @@ class Schedule:
         Timesteps on a GPU are looked up there and not checked: nothing waits for the device.
         """
         t = torch.as_tensor(t)
-        if t.device.type == "cpu":
-            check_timesteps(t)
+        if t.device.type == "cpu" and (t.is_floating_point() or t.min() < 0 or t.max() >= NUM_TIMESTEPS):
+            raise ValueError(f"timesteps {t.tolist()} should be integers from 0 to {NUM_TIMESTEPS - 1}")
         if t.device not in self._tables:
             self._tables[t.device] = self.alphas_cumprod.to(t.device)
         a = self._tables[t.device][t].to(like).view(-1, *[1] * (like.ndim - 1))
         return a**0.5, (1 - a) ** 0.5
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """√ā·x0 + √(1−ā)·noise   (b …, in x0's dtype); ValueError for timesteps outside 0 … 999."""
+        """√ā·x0 + √(1−ā)·noise, in x0's dtype."""
         root_a, root_noise = self._roots(t, x0)
         return root_a * x0 + root_noise * noise
 
@@ -141,8 +136,6 @@ class Schedule:
 
         Differs from the reference for 62 counts such as 61, where its rounding appends a timestep of -1.
         """
-        if not 1 <= num_steps <= NUM_TIMESTEPS:
-            raise ValueError(f"num_steps={num_steps} is outside 1 … {NUM_TIMESTEPS}; the models like 50")
         # not simply 1000/num_steps: numpy.arange rounds its stride so, and that decides ties (num_steps = 48)
         stride = NUM_TIMESTEPS - (NUM_TIMESTEPS - NUM_TIMESTEPS / num_steps)
         return torch.tensor([round(NUM_TIMESTEPS - i * stride) - 1 for i in range(num_steps)])
@@ -152,9 +145,8 @@ class Schedule:
         """Our name for the scheduler class the checkpoint names; ValueError for one we do not have."""
         class_name = self.config.extra.get("_class_name", "CogVideoXDDIMScheduler")
         if class_name not in SAMPLER_OF_CLASS:
-            raise ValueError(
-                f"the checkpoint asks for {class_name!r}; choose a sampler from {', '.join(SAMPLERS)}"
-            )
+            choice = ", ".join(SAMPLERS)
+            raise ValueError(f"the checkpoint asks for {class_name!r}; choose a sampler from {choice}")
         return SAMPLER_OF_CLASS[class_name]
 
     @property
@@ -165,12 +157,11 @@ class Schedule:
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, snr_shift: bool = False) -> Self:
         """model_dir: a checkpoint folder that holds scheduler/, or that folder itself."""
-        name = "scheduler_config.json"
-        return cls(read_config(ScheduleConfig, component_dir(model_dir, "scheduler", name) / name), snr_shift)
+        folder = component_dir(model_dir, "scheduler", CONFIG_NAME)
+        return cls(read_config(ScheduleConfig, folder / CONFIG_NAME), snr_shift)
 
     def save_pretrained(self, model_dir: str | Path) -> None:
-        """Write model_dir/scheduler/scheduler_config.json, as diffusers reads it."""
-        path = Path(model_dir) / "scheduler" / "scheduler_config.json"
+        path = Path(model_dir) / "scheduler" / CONFIG_NAME
         write_config(self.config, path, _class_name="CogVideoXDDIMScheduler")
 
 
@@ -200,12 +191,14 @@ def guidance_at(
 ) -> float:
     """The scale of one step. At 1.0 the text alone decides: skip the unconditional forward.
 
-    num_steps: the steps really taken (after strength).   dynamic: see `dynamic_guidance_scale`.
-    interval: lowest and highest timestep that is guided (Kynkäänniemi et al. 2024, arXiv 2404.07724, eq. 5).
+    num_steps: the steps really taken, for the dynamic scale
+    interval: lowest and highest timestep that is guided (Kynkäänniemi et al. 2024, arXiv 2404.07724, eq. 5)
     """
     if guidance_scale <= 1 or not interval[0] <= t <= interval[1]:
         return 1.0
-    return dynamic_guidance_scale(guidance_scale, t, num_steps) if dynamic else guidance_scale
+    if dynamic:
+        return dynamic_guidance_scale(guidance_scale, t, num_steps)
+    return guidance_scale
 
 
 # ---------------------------------------------------------------- samplers
@@ -236,10 +229,9 @@ def _strided_steps(schedule: Schedule, timesteps: Tensor, num_steps: int | None)
 def _listed_steps(schedule: Schedule, timesteps: Tensor) -> list[Step]:
     """Steps that end at the next timestep of the list, the last at ā = 1.
 
-    ā(999) = 0 would be an infinite σ; 2⁻²⁴, the smallest float16, makes it 4096, as the reference has it. For
-    a sampler of second order that is no detail: the infinite first step becomes a finite one, whose length
-    means nothing, and the second step weighs its extrapolation by it. `dpmpp` does so because the reference
-    does. A new one had better take two steps in first order first, or use `_strided_steps`, where ā is 0.
+    ā(999) = 0 would be an infinite σ; 2⁻²⁴, the smallest float16, makes it 4096, as in the reference. So the
+    first step of `dpmpp` has a finite length, which means nothing, and the second extrapolates by it. A new
+    sampler of second order had better begin with two steps of first order.
     """
     table = schedule.alphas_cumprod.clone()
     table[-1] = 2**-24

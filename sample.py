@@ -157,7 +157,7 @@ def guided(
 
     cache: a stepcache.StepCache that has to know when a step begins
     """
-    text = dit.project_text(text.to(models.device, models.dtype))
+    text = text.to(models.device, models.dtype)
     if condition is not None:
         condition = condition.to(models.device, models.dtype)
 
@@ -177,7 +177,7 @@ def guided(
             count = len(prompt)
             told = None if condition is None else condition.expand(count, -1, -1, -1, -1)
             noisy = x.expand(count, -1, -1, -1, -1)
-            outputs += dit(noisy, t, prompt, told, text_projected=True).split(1)
+            outputs += dit(noisy, t, prompt, told).split(1)
         if len(outputs) == 1:
             return outputs[0].float()
         return guide(*outputs, scale)

@@ -30,12 +30,7 @@ def place(
 def shard(dit: VideoTransformer, device: torch.device, offload: bool) -> None:
     """FSDP2 over all ranks, also over one where it is wanted for its offloading."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        OffloadPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     runtime.join_ranks(alone=True)
     mesh = init_device_mesh(device.type, (NUM_RANKS,))
@@ -43,4 +38,3 @@ def shard(dit: VideoTransformer, device: torch.device, offload: bool) -> None:
     for module in (*dit.transformer_blocks, dit):
         fully_shard(module, mesh=mesh, offload_policy=policy)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # it is not written to
-    register_fsdp_forward_method(dit, "project_text")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from checkpoint import MAX_SHARD_BYTES, component_dir, load_component, only, save_component
+from checkpoint import component_dir, load_component, only, save_component
 from embeddings import Grid, Rope, patchify, rope_table, rotate, sincos_table, timestep_embedding, unpatchify
 from sizes import latent_frames
 
@@ -79,9 +79,6 @@ class TransformerConfig:
             freq_shift=(0,),
             dropout=(0.0,),
         )
-        if self.ofs_embed_dim not in (None, self.time_embed_dim):
-            raise ValueError(f"ofs_embed_dim = {self.ofs_embed_dim} is added to the timestep's vector, "
-                             f"which has time_embed_dim = {self.time_embed_dim}")  # fmt: skip
         if self.patch_size_t and not self.use_rotary_positional_embeddings:
             raise ValueError("patch_size_t needs use_rotary_positional_embeddings")
 
@@ -108,13 +105,12 @@ POSITIONS = ("interpolate", "regenerate", "slice")
 def position_rule(config: TransformerConfig) -> str | None:
     """What a model with added positions does off its native grid; None if it has RoPE alone.
 
-    "interpolate": stretch the native table in space, cut it in time. CogVideoX-Fun does so; its models are
-        those with condition channels.
-    "regenerate": compute the table for the grid at hand. diffusers does so for plain CogVideoX, and in place
-        of learned positions at another number of frames.
-    "slice", for comparison only: the first n rows of the flattened native table, as the original CogVideoX
-        takes them. On a narrower grid they break lines in the wrong places.
-    `train.py --set position=…` picks another rule; the folders it writes say so: "position" in config.json.
+    "interpolate": stretch the native table in space, cut it in time (CogVideoX-Fun: models with a condition)
+    "regenerate": compute the table for the grid at hand (diffusers: plain CogVideoX, and in place of learned
+        positions at another number of frames)
+    "slice": the first n rows of the flattened native table, for comparison with the original CogVideoX. On a
+        narrower grid they break lines in the wrong places.
+    A model trained with another rule says so: "position" in config.json.
     """
     if "position" in config.extra:
         only(config, position=POSITIONS)
@@ -134,7 +130,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        p_t, p = self.patch = config.patch
+        self.patch = config.patch
+        p_t, p = config.patch
         if config.patch_size_t is None:
             self.proj = nn.Conv2d(config.in_channels, config.dim, p, stride=p, bias=config.patch_bias)
         else:
@@ -230,11 +227,9 @@ class GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """d -> 4d -> d."""
-
     def __init__(self, dim: int):
         super().__init__()
-        no_dropout = nn.Identity()  # holds index 1, where the reference has one
+        no_dropout = nn.Identity()  # holds index 1
         self.net = nn.Sequential(GELU(dim, 4 * dim), no_dropout, nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -283,16 +278,16 @@ class OutputNorm(nn.Module):
 
 # ---------------------------------------------------------------- the model
 
-# What F.scaled_dot_product_attention becomes, by device and shapes: not to be done again with "attention".
+# What is behind F.scaled_dot_product_attention, by device and shapes.
 ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-CHECKPOINTING = {  # what the backward pass finds of a block: its input; and the output of its attention
-    "full": {},
-    "attention": {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)},
+CHECKPOINTING = {  # what is kept of a block, to compute the rest once more in the backward pass
+    "full": {},  # its input
+    "attention": {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)},  # also
 }
 
 
@@ -304,11 +299,11 @@ def run_blocks(
     num_text: int,
     checkpointing: str | None = None,
 ) -> Tensor:
-    """Tokens b L+n d through blocks, one after the other; checkpointing: a key of CHECKPOINTING."""
+    """Tokens b L+n d through the blocks; checkpointing: a key of CHECKPOINTING."""
     for block in blocks:
         if checkpointing:
-            how = CHECKPOINTING[checkpointing]
-            tokens = checkpoint(block, tokens, temb, rope, num_text, use_reentrant=False, **how)
+            settings = CHECKPOINTING[checkpointing]
+            tokens = checkpoint(block, tokens, temb, rope, num_text, use_reentrant=False, **settings)
         else:
             tokens = block(tokens, temb, rope, num_text)
     return tokens
@@ -335,7 +330,7 @@ class VideoTransformer(nn.Module):
         self.proj_out = nn.Linear(config.dim, config.out_channels * p_t * p * p)
 
         self.run_blocks = run_blocks  # stepcache.py and parallel.py put their own here
-        self.activation_checkpointing: str | None = None  # a key of CHECKPOINTING: recompute in backward
+        self.activation_checkpointing: str | None = None  # a key of CHECKPOINTING
         self.position = position_rule(config)
         self._init_weights()
 
@@ -355,25 +350,13 @@ class VideoTransformer(nn.Module):
             table = self._sincos(self.config.native_grid, self.config.max_text_seq_length)
             self.patch_embed.pos_embedding.copy_(table)
 
-    def project_text(self, text: Tensor) -> Tensor:
-        """T5's output b L text_embed_dim -> text tokens b L d, which need computing only once per prompt."""
-        return self.patch_embed.text_proj(text)
-
     def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor | int,
-        text: Tensor,
-        condition: Tensor | None = None,
-        text_projected: bool = False,
+        self, noisy: Tensor, timesteps: Tensor | int, text: Tensor, condition: Tensor | None = None
     ) -> Tensor:
-        """The velocity at a noisy sample.
+        """The velocity at a noisy sample, b out_channels f h w.
 
-        noisy: b out_channels f h w    timesteps: b, or one for all, in [0, 1000)
-        text: b L text_embed_dim; or what `project_text` made of it, if text_projected
+        noisy: b out_channels f h w    timesteps: b, or one for all, in [0, 1000)    text: b L text_embed_dim
         condition: b (in_channels - out_channels) f h w, joins noisy on the channel axis
-        returns: b out_channels f h w
-        raises ValueError for shapes this model cannot take
         """
         self._check(noisy, text, condition)
         f, h, w = noisy.shape[2:]
@@ -382,7 +365,7 @@ class VideoTransformer(nn.Module):
         latents = F.pad(latents, (0, 0, 0, 0, 0, -f % p_t))  # V1.5: a lone frame gets a zero frame beside it
         grid = (latents.shape[2] // p_t, h // p, w // p)
 
-        text = text if text_projected else self.project_text(text)
+        text = self.patch_embed.text_proj(text)
         num_text = text.shape[1]
         tokens = torch.cat([text, self.patch_embed(latents)], dim=1)  # b L+n d
         added, rope = self._positions(grid, num_text, noisy.device)
@@ -422,21 +405,24 @@ class VideoTransformer(nn.Module):
         return added, rope
 
     def _sincos(self, grid: Grid, num_text: int, device: torch.device | str = "cpu") -> Tensor:
-        drawn = self.config.native_grid if self.position == "slice" else grid
-        native = self.config.native_grid[1:] if self.position == "interpolate" else drawn[1:]
-        scales = self.config.spatial_interpolation_scale, self.config.temporal_interpolation_scale
-        table = sincos_table(self.config.dim, drawn, native, num_text, *scales, torch.device(device))
-        return table[: num_text + math.prod(grid)]
+        config = self.config
+        num_tokens = num_text + math.prod(grid)
+        if self.position == "slice":
+            grid = config.native_grid
+        native = config.native_grid[1:] if self.position == "interpolate" else grid[1:]
+        scales = config.spatial_interpolation_scale, config.temporal_interpolation_scale
+        table = sincos_table(config.dim, grid, native, num_text, *scales, torch.device(device))
+        return table[:num_tokens]
 
     def _check(self, noisy: Tensor, text: Tensor, condition: Tensor | None) -> None:
         """The network's door: shapes that would give other numbers than meant, or a riddle of an error."""
         config = self.config
-        batch, _, f, h, w = noisy.shape
+        b, c, f, h, w = noisy.shape
         channels = config.out_channels
         num_extra = config.in_channels - channels
-        wanted = (batch, num_extra, f, h, w) if num_extra else None
+        wanted = (b, num_extra, f, h, w) if num_extra else None
         given = None if condition is None else tuple(condition.shape)
-        if noisy.shape[1] != channels or given != wanted:
+        if c != channels or given != wanted:
             raise ValueError(f"noisy is {tuple(noisy.shape)} and condition {given}; a model of "
                              f"{config.in_channels} channels needs {channels} and {num_extra}")  # fmt: skip
         if self.position and text.shape[1] != config.max_text_seq_length:  # RoPE takes any
@@ -456,18 +442,13 @@ class VideoTransformer(nn.Module):
         """Load `model_dir/transformer`, or `model_dir` itself; ValueError or OSError if it does not fit."""
         return load_component(cls, TransformerConfig, component_dir(model_dir, "transformer"), dtype, device)
 
-    def save_pretrained(
-        self,
-        model_dir: str | Path,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-        state: dict[str, Tensor] | None = None,
-    ) -> None:
+    def save_pretrained(self, model_dir: str | Path, state: dict[str, Tensor] | None = None) -> None:
         """Write `model_dir/transformer` as diffusers and CogVideoX-Fun read it.
 
         state: what `state_dict()` is; of a sharded model, with the tensors gathered
         """
-        stamps = {"_class_name": "CogVideoXTransformer3DModel", "max_shard_bytes": max_shard_bytes}
-        save_component(self, Path(model_dir) / "transformer", state=state, **stamps)
+        folder = Path(model_dir) / "transformer"
+        save_component(self, folder, state=state, _class_name="CogVideoXTransformer3DModel")
 
 
 # ---------------------------------------------------------------- from one kind to another
@@ -477,11 +458,8 @@ def grow_input_channels(dit: VideoTransformer, in_channels: int) -> None:
     """Give a model more condition channels, in place: 16 -> 33 starts inpainting from text-to-video.
 
     The new weights are zero, so the velocity stays what it was whatever the new channels hold.
-    raises ValueError if in_channels is less than the model has
     """
     old = dit.config
-    if in_channels < old.in_channels:
-        raise ValueError(f"in_channels = {in_channels} is less than the model's {old.in_channels}")
     state = dit.patch_embed.state_dict()
     weight = state["proj.weight"].reshape(old.dim, old.in_channels, -1)  # d c (p_t p p), whatever the layer
     weight = F.pad(weight, (0, 0, 0, in_channels - old.in_channels))

@@ -132,7 +132,6 @@ def write(folder, **content):
         ("rescale_betas_zero_snr", False),
         ("trained_betas", [0.1, 0.2]),
         ("algorithm_type", "sde-dpmsolver++"),
-        ("snr_shift_scale", 0.0),
     ],
 )
 def test_a_setting_that_would_change_the_numbers_is_refused_by_name(tmp_path, name, value):
