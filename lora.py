@@ -25,13 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import open_safetensors, read_json, save_tensors
+from checkpoint import first_few, open_safetensors, read_json, save_tensors
 
 TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
-PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.", "module.")
-FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_")  # before a name with _ for each dot
-ENDING = re.compile(r"\.(?:(alpha)|lora[._](A|B|down|up)(?:\.default)?\.weight)$")
-PARTS = {"A": "down", "down": "down", "B": "up", "up": "up", "alpha": "alpha"}
 
 # ---------------------------------------------------------------- training
 
@@ -42,7 +38,8 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
+        self.weight = base.weight
+        self.bias = base.bias
         like = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, **like)  # torch's random start is LoRA's
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, **like)
@@ -53,41 +50,41 @@ class LoRALinear(nn.Linear):
         return torch.add(super().forward(x), self.lora_B(self.lora_A(x)), alpha=self.scale)
 
 
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
 def add_lora(model: nn.Module, rank: int, alpha: float | None = None) -> list[nn.Parameter]:
     """Freeze a VideoTransformer and put LoRA beside attention and MLP, in place; returns what is to learn.
 
     alpha: how much it counts, as alpha/rank; by default rank, so that it counts once
-    raises ValueError if rank or alpha is not positive, or if there is LoRA already
     """
-    alpha = rank if alpha is None else alpha
-    if rank < 1 or not 0 < alpha < math.inf:
-        raise ValueError(f"rank={rank}, alpha={alpha}: both should be positive; try 64 and 64")
-    if _lora_layers(model):
-        raise ValueError("the model has LoRA already; merge_lora first")
     model.requires_grad_(False)
-    for name in [name for name, _ in model.named_modules() if name.endswith(TARGETS)]:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
-    return [p for layer in _lora_layers(model).values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
-
-
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    names = [name for name, _ in model.named_modules() if name.endswith(TARGETS)]
+    parameters = []
+    for name in names:
+        layer = LoRALinear(model.get_submodule(name), rank, rank if alpha is None else alpha)
+        model.set_submodule(name, layer)
+        parameters += [layer.lora_A.weight, layer.lora_B.weight]
+    return parameters
 
 
 def merge_lora(model: nn.Module) -> None:
     """Add what LoRA has learnt to the weights and take its layers out, in place."""
-    for name, layer in _lora_layers(model).items():
+    for name, layer in lora_layers(model).items():
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        plain.weight, plain.bias = layer.weight, layer.bias
-        _add(plain, layer.lora_A.weight, layer.lora_B.weight, layer.scale)
+        plain.weight = layer.weight
+        plain.bias = layer.bias
+        add_product(plain, layer.lora_A.weight, layer.lora_B.weight, layer.scale)
         model.set_submodule(name, plain)
 
 
 @torch.no_grad()
-def _add(layer: nn.Linear | nn.Conv2d, down: Tensor, up: Tensor, scale: float) -> None:
+def add_product(layer: nn.Linear | nn.Conv2d, down: Tensor, up: Tensor, scale: float) -> None:
     """W += scale · up down in fp32, rounded once to the layer's dtype; a new tensor, as W may be a file's."""
     weight = layer.weight
-    down, up = (factor.to(weight.device, torch.float32).flatten(1) for factor in (down, up))
+    down = down.to(weight.device, torch.float32)
+    up = up.to(weight.device, torch.float32)
     weight.data = (weight.float() + scale * (up @ down).view(weight.shape)).to(weight.dtype)
 
 
@@ -99,22 +96,20 @@ def save_lora(model: nn.Module, path: str | Path, state: dict[str, Tensor] | Non
 
     state: what `model.state_dict()` is; of a sharded model, with the tensors gathered
     """
-    state, tensors = state or model.state_dict(), {}
-    for name, layer in _lora_layers(model).items():
-        for part, scale in ((f"{name}.lora_A.weight", 1), (f"{name}.lora_B.weight", layer.scale)):
-            tensors[f"transformer.{part}"] = (scale * state[part].detach()).cpu().contiguous()
-    if not tensors:
-        raise ValueError("the model has no LoRA to save; add_lora first")
+    state = state or model.state_dict()
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        down = state[f"{name}.lora_A.weight"].detach()
+        up = layer.scale * state[f"{name}.lora_B.weight"].detach()
+        tensors[f"transformer.{name}.lora_A.weight"] = down.cpu().contiguous()
+        tensors[f"transformer.{name}.lora_B.weight"] = up.cpu().contiguous()
     save_tensors(tensors, Path(path), {"format": "pt"})
 
 
 def load_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:
-    """Merge a file into the weights of a VideoTransformer: W += weight · alpha/rank · B A. Several add up.
-
-    raises ValueError or OSError if it does not fit, see `read_lora`; the model is untouched then
-    """
+    """Merge a file into the weights of a VideoTransformer: W += weight · alpha/rank · B A. Several add up."""
     for name, (down, up, scale) in read_lora(model, path).items():
-        _add(model.get_submodule(name), down, up, weight * scale)
+        add_product(model.get_submodule(name), down, up, weight * scale)
 
 
 def read_lora(model: nn.Module, path: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -125,78 +120,74 @@ def read_lora(model: nn.Module, path: str | Path) -> dict[str, tuple[Tensor, Ten
     path = Path(path)
     with open_safetensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-        config = _peft_config(path, file.metadata() or {})
+        config = peft_config(path, file.metadata() or {})
     shapes = {
-        name: module.weight.flatten(1).shape  # out, in (a convolution's: in · height · width)
+        name: list(module.weight.flatten(1).shape)  # out, in (a convolution's: in · height · width)
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
     }
-    found, unknown = _by_layer(tensors, shapes)
-    loras, wrong = {}, []
+    found, unknown = by_layer(tensors, shapes)
+    loras = {}
+    wrong = []
     for name, parts in found.items():
-        down, up = (parts.get(part, torch.empty(0, 0)) for part in ("down", "up"))
-        rank, (num_out, num_in) = max(1, len(down)), shapes[name]
-        alpha = parts["alpha"] if "alpha" in parts else torch.tensor([[_peft_alpha(config, name, rank)]])
-        if (down.shape, up.shape, alpha.shape) == ((rank, num_in), (num_out, rank), (1, 1)):
-            loras[name] = down, up, alpha.item() / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        else:
-            what = f"A {list(down.shape)}, B {list(up.shape)}"
-            wrong.append(f"{name} ({what} for a weight of {list(shapes[name])})")
+        alpha = parts.pop("alpha", None)
+        sizes = {part: list(matrix.shape) for part, matrix in parts.items()}
+        rank = sizes.get("A", [0])[0]
+        num_out, num_in = shapes[name]
+        if sizes != {"A": [rank, num_in], "B": [num_out, rank]}:
+            listed = ", ".join(f"{part} {size}" for part, size in sizes.items())
+            wrong.append(f"{name} ({listed} for a weight of {shapes[name]})")
+            continue
+        if alpha is None:
+            alpha = peft_alpha(config, name, rank)
+        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        loras[name] = parts["A"], parts["B"], scale
     if unknown or wrong or not loras:
-        reasons = [_listed("unknown", unknown), _listed("mis-shaped or incomplete", wrong)]
-        reason = "; ".join(filter(None, reasons)) or "it is empty"
+        problems = {"unknown": unknown, "mis-shaped or incomplete": wrong}
+        reasons = [f"{title}: {first_few(names)}" for title, names in problems.items() if names]
+        reason = "; ".join(reasons) or "it is empty"
         raise ValueError(f"{path} is no LoRA for this transformer ({reason}); give one made for its model")
     return loras
 
 
-def _by_layer(tensors: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """({layer: {"down" | "up" | "alpha": a matrix}}, the keys that are not known and perhaps why)"""
-    from_flat = {name.replace(".", "_"): name for name in layers}
-    found, unknown = {}, []
+KEY = re.compile(
+    r"""(?: (?: transformer | diffusion_model | base_model\.model | model | module ) \. )*
+        (?: lora_unet__? | lora_transformer_ )?  # the name then has _ for each dot
+        (?P<layer> .+? ) \.
+        (?: (?P<alpha> alpha )
+          | lora[._] (?: (?P<A> A | down ) | (?P<B> B | up ) ) (?: \.default )? \.weight )
+    """,
+    re.VERBOSE,
+)
+
+
+def by_layer(tensors: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """({layer: {"A" | "B" | "alpha": a matrix}}, the keys that are not known)."""
+    dotted = {name.replace(".", "_"): name for name in layers}
+    found = {}
+    unknown = []
     for key, tensor in tensors.items():
-        ending = ENDING.search(key)
-        part = PARTS[ending[1] or ending[2]] if ending else None
-        name = _without_prefix(key[: ending.start()] if ending else key)
-        name = from_flat.get(name, name)
-        if part and name in layers and (tensor.is_floating_point() or part == "alpha"):
-            found.setdefault(name, {})[part] = torch.atleast_2d(tensor).flatten(1)
-            continue
-        layer = next((layer for layer in layers if part and name.endswith("." + layer)), None)
-        unknown.append(f"{key} (its prefix {name.removesuffix(layer)} is none we know)" if layer else key)
+        match = KEY.fullmatch(key)
+        name = match and dotted.get(match["layer"], match["layer"])
+        if name in layers:
+            found.setdefault(name, {})[match.lastgroup] = torch.atleast_2d(tensor).flatten(1)
+        else:
+            unknown.append(key)
     return found, unknown
 
 
-def _without_prefix(name: str) -> str:
-    """Wrapped twice, a model has two of them."""
-    for prefix in FLAT_PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    while name.startswith(PREFIXES):
-        name = name.removeprefix(next(prefix for prefix in PREFIXES if name.startswith(prefix)))
-    return name
-
-
-def _listed(title: str, names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{title}: {', '.join(sorted(names)[:3])}{more}" if names else ""
-
-
-def _peft_config(path: Path, metadata: dict[str, str]) -> dict:
+def peft_config(path: Path, metadata: dict[str, str]) -> dict:
     """What diffusers notes in the file, or PEFT beside it: alpha/rank is then not folded into the weights."""
     beside = path.with_name("adapter_config.json")
-    try:
-        notes = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        config = {key.removeprefix("transformer."): value for key, value in notes.items()}
-        if path.name == "adapter_model.safetensors" and beside.is_file():
-            config = read_json(beside)
-        _peft_alpha(config, "", 1)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise ValueError(f"{path}: the notes on its alpha are damaged ({error}); make it again") from None
-    return config
+    if path.name == "adapter_model.safetensors" and beside.is_file():
+        return read_json(beside)
+    notes = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    return {key.removeprefix("transformer."): value for key, value in notes.items()}
 
 
-def _peft_alpha(config: dict, name: str, rank: int) -> float:
+def peft_alpha(config: dict, name: str, rank: int) -> float:
     """A layer's own alpha, by the first pattern its name ends in; else the one for all; else none: rank."""
-    alphas = {re.compile(rf"(.*\.)?({key})"): alpha for key, alpha in config.get("alpha_pattern", {}).items()}
-    matching = [alpha for pattern, alpha in alphas.items() if pattern.fullmatch(name)]
-    return float([*matching, config.get("lora_alpha", rank)][0])
+    for pattern, alpha in config.get("alpha_pattern", {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return alpha
+    return config.get("lora_alpha", rank)
