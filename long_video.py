@@ -49,7 +49,6 @@ def generate_long(
     prompt: str,
     num_frames: int,
     saved: Path | None = None,
-    progress: bool = False,
     **settings,
 ) -> Iterator[np.ndarray]:
     """A video of any length, in chunks uint8 f h w 3.
@@ -77,10 +76,10 @@ def generate_long(
         if file is not None and file.is_file():
             latents = load_segment(file, record)
         else:
-            latents = sample.generate(models, prompt, output="latents", progress=progress, **request)
+            latents = sample.generate(models, prompt, output="latents", **request)
             if file is not None and models.writes:
                 sample.save_latents(file, latents, record)
-        frames = np.concatenate(list(sample.decode(models, latents, whole.tiled, progress)))
+        frames = np.concatenate(list(sample.decode(models, latents, whole.tiled)))
         before = frames if before is None else fade(before, frames, overlap)
         kept_back = 0 if is_last else overlaps[i + 1]  # the next segment fades in over them
         yield before[: length - kept_back]
@@ -146,9 +145,8 @@ def make_long_videos(
     tell(f"{num_frames} frames in {len(overlaps)} segments, which have {str(overlaps[1:])[1:-1]} frames in "
          f"common with those before; seeds {seeds}")  # fmt: skip
     for request, path in sample.deal(models, list(zip(requests, paths))):
-        progress = not args.quiet and models.writes
         asked = settings | {"seed": request.seed}
-        chunks = generate_long(models, request.prompt, num_frames, path, progress, **asked)
+        chunks = generate_long(models, request.prompt, num_frames, path, **asked)
         record = sample.make_record(models, request, num_frames, request.height, request.width)
         if models.writes:
             yield path, chunks, record

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -51,6 +50,7 @@ class Models:
         self.on_all_ranks = False  # True: all ranks compute each velocity together, see parallel.py
         self.compile = False  # True: the transformer's blocks by torch.compile
         self.low_memory = False  # True: the transformer's matrices as float8, see float8.py
+        self.progress = False  # True: steps and seconds left of each stage are shown, at a terminal
         self.config = read_config(TransformerConfig, component_dir(model_dir, "transformer") / "config.json")
         self.vae_config = read_config(VAEConfig, component_dir(model_dir, "vae") / "config.json")
         self.schedule = Schedule.from_pretrained(model_dir)
@@ -77,18 +77,6 @@ class Models:
     def writes(self) -> bool:
         """Whether this process writes what it makes: of what all ranks make together, only the first."""
         return RANK == 0 or not self.on_all_ranks
-
-    def record(self) -> dict:
-        """What a video depends on beside its request."""
-        return {
-            "model": str(self.model_dir),
-            "lora": [f"{file}:{weight}" for file, weight in self.loras],
-            "kind": self.kind,
-            "dtype": str(self.dtype)[6:],
-            "low_memory": self.low_memory,
-            "device": str(self.device),
-            "versions": {"torch": torch.__version__, "numpy": np.__version__},
-        }
 
     @functools.cached_property
     def num_parameters(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
@@ -32,12 +33,12 @@ from tqdm import tqdm
 from checkpoint import find_model, open_safetensors, save_tensors, unknown_keys
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
 from inpaint import add_reference_noise, inpaint_condition
-from kinds import native_fps, native_size, num_padding
+from kinds import native_fps, native_size
 from media import to_pixels, to_uint8, write_video
 from models import Models, load_models
 from request import Known, Request, complete, latent_shape, read_inputs
 from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, fail, in_one_line, say
-from sizes import latent_grid, num_tokens
+from sizes import latent_frames, num_tokens
 from transformer import VideoTransformer
 from vae import decoded_frames
 
@@ -98,15 +99,10 @@ def denoise(
     condition: Tensor | None,
     start: Tensor | None,
     randn: Callable,
-    progress: bool = False,
 ) -> Tensor:
-    """The sampler's loop: from noise, or the noised clip, to clean latents 1 16 f' h' w', float32.
-
-    raises ValueError at the step where the latents stop being finite
-    """
+    """The sampler's loop: from noise, or the noised clip, to clean latents 1 16 f' h' w', float32."""
     schedule = Schedule(models.schedule.config, snr_shift=request.sampler in SNR_SHIFTED)
-    timesteps = schedule.timesteps(request.num_steps)
-    timesteps = timesteps[-request.num_taken :]
+    timesteps = schedule.timesteps(request.num_steps)[-request.num_taken :]
     shape = latent_shape(models.config, known)
     x = request.latents
     if x is None:
@@ -118,10 +114,15 @@ def denoise(
     def noise_like_x() -> Tensor:
         return randn(shape).to(x)
 
-    with models.use("transformer", "denoise") as dit, step_cache(request, dit, timesteps) as cache:
+    with models.use("transformer", "denoise") as dit, contextlib.ExitStack() as stack:
+        cache = None
+        if request.step_cache:
+            from stepcache import skip_steps  # here and in `describe`, so that stepcache.py can be deleted
+
+            cache = stack.enter_context(skip_steps(dit, request.step_cache, timesteps))
         velocity = guided(models, dit, request, text, condition, len(timesteps), cache)
         steps = SAMPLERS[request.sampler](velocity, x, schedule, timesteps, noise_like_x, request.num_steps)
-        for i, x in enumerate(show_progress(steps, "denoise", progress, total=len(timesteps))):
+        for i, x in enumerate(progress_bar(models, "denoise", steps, total=len(timesteps))):
             if not torch.isfinite(x).all():
                 other = "bfloat16 or float32" if models.dtype == torch.float16 else "float32"
                 where = f"step {i + 1} (timestep {timesteps[i]}) in {str(models.dtype)[6:]}"
@@ -130,18 +131,7 @@ def denoise(
     if cache is not None:
         models.forwards[0] += cache.num_computed
         models.forwards[1] += cache.num_forwards
-    return x[:, :, num_padding(models.config, latent_grid(*known[:3])[0]) :]
-
-
-def step_cache(
-    request: Request, dit: VideoTransformer, timesteps: Tensor
-) -> contextlib.AbstractContextManager:
-    """For a block in which `dit` skips what the request allows: gives the cache, or None."""
-    if request.step_cache == 0:
-        return contextlib.nullcontext()
-    from stepcache import skip_steps
-
-    return skip_steps(dit, request.step_cache, timesteps)
+    return x[:, :, -latent_frames(known.num_frames) :]  # without the padding of CogVideoX1.5, in front
 
 
 def guided(
@@ -185,15 +175,10 @@ def guided(
     return velocity
 
 
-def decode(
-    models: Models, latents: Tensor, tiled: bool = False, progress: bool = False
-) -> Iterator[np.ndarray]:
-    """Latents 1 16 f' h' w' to chunks of uint8 f h w 3, as they become ready.
-
-    raises ValueError if the pixels are not finite
-    """
+def decode(models: Models, latents: Tensor, tiled: bool = False) -> Iterator[np.ndarray]:
+    """Latents 1 16 f' h' w' to chunks of uint8 f h w 3, as they become ready."""
     num_frames = decoded_frames(latents.shape[2], models.first_alone)
-    bar = show_progress(None, "decode", progress, unit="frame", total=num_frames)
+    bar = progress_bar(models, "decode", unit="frame", total=num_frames)
     with models.use("vae", "decode") as vae, bar:
         for pixels in vae.decode_stream(latents, tiled=tiled, first_alone=models.first_alone):
             if not torch.isfinite(pixels).all():
@@ -209,34 +194,32 @@ def seeded(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
     return lambda shape: torch.randn(shape, generator=generator)
 
 
-def show_progress(items: Iterable | None, stage: str, progress: bool, **settings) -> tqdm:
-    """Steps and seconds left of a stage, at a terminal only: in a file the bars would pile up."""
-    return tqdm(items, stage, disable=None if progress else True, leave=False, **settings)
+def progress_bar(models: Models, stage: str, items: Iterable | None = None, **settings) -> tqdm:
+    hidden = None if models.progress and models.writes else True  # None: at a terminal it is shown
+    return tqdm(items, stage, disable=hidden, leave=False, **settings)
 
 
-def generate(models: Models, prompt: str, output: str = "frames", progress: bool = False, **settings):
+def generate(models: Models, prompt: str, output: str = "frames", **settings):
     """Make a video, or a picture if num_frames is 1.
 
     settings: the fields of `Request`, where each is explained
     returns: uint8 f h w 3, or with output="latents" the scaled latents 1 16 f' h' w' (float32)
     randn(shape) replaces every draw, in this order: noise on the reference, posterior of the picture or clip,
     initial noise, sampler.
-    raises ValueError or OSError, in one sentence, for whatever the caller can get wrong
+    raises ValueError or OSError for whatever the caller can get wrong
     """
     request = complete(Request(prompt, **settings), models)
     known = read_inputs(request, models.config)
     randn = request.randn or seeded(request.seed)
     text = encode_text(models, request.texts)
     condition, start = encode_known(models, request, known, randn)
-    latents = denoise(models, request, known, text, condition, start, randn, progress)
+    latents = denoise(models, request, known, text, condition, start, randn)
     if output == "latents":
         return latents
-    return np.concatenate(list(decode(models, latents, request.tiled, progress)))
+    return np.concatenate(list(decode(models, latents, request.tiled)))
 
 
-def generate_each(
-    models: Models, requests: list[Request], known: Known, progress: bool = False
-) -> Iterator[Tensor]:
+def generate_each(models: Models, requests: list[Request], known: Known) -> Iterator[Tensor]:
     """What `generate` gives for requests with the same files, as latents; each network is loaded once."""
     randns = [seeded(request.seed) for request in requests]
     with models.use("text_encoder", "text"):
@@ -248,8 +231,7 @@ def generate_each(
             encoded.append(encode_known(models, request, known, randn))
     with models.use("transformer", "denoise"):
         for request, randn, (condition, start) in zip(requests, randns, encoded):
-            text = texts[request.texts]
-            yield denoise(models, request, known, text, condition, start, randn, progress)
+            yield denoise(models, request, known, texts[request.texts], condition, start, randn)
 
 
 # ---------------------------------------------------------------- what is said before the start
@@ -288,12 +270,11 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     request = requests[0]
     config = models.config
     latents = latent_shape(config, known)
-    num_padded = num_padding(config, latent_grid(*known[:3])[0])
     tokens = num_tokens(*known[:3], config.patch_size_t or 1)
     needs = estimate_bytes(models, latents)
     memory = ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
     notes = [*known.notes, *prompt_notes(models, requests)]
-    num_decoded = decoded_frames(latents[2] - num_padded, models.first_alone)
+    num_decoded = decoded_frames(latent_frames(known.num_frames), models.first_alone)
     if num_decoded != known.num_frames:
         notes.append(f"an even number of latent frames: this model decodes {num_decoded} frames")
     for name, component in (("transformer", config), ("vae", models.vae_config)):
@@ -310,7 +291,7 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
         f"memory   about {memory} GiB",
     ]
     if request.step_cache:
-        from stepcache import announce  # here and above, so that stepcache.py can be deleted
+        from stepcache import announce
 
         timesteps = models.schedule.timesteps(request.num_steps)[-request.num_taken :]
         lines.append(f"cache    {announce(models, request.step_cache, timesteps)}")
@@ -357,15 +338,25 @@ def load_latents(path: Path) -> tuple[Tensor, dict]:
 
 def make_record(models: Models, request: Request, num_frames: int, height: int, width: int) -> dict:
     """Everything needed to make a video again: the request, its sizes, the models."""
-    asked = {field.name: getattr(request, field.name) for field in fields(request)}
+    record = {field.name: getattr(request, field.name) for field in fields(request)}
     for name in ("latents", "randn"):
-        del asked[name]
-    return asked | {"num_frames": num_frames, "height": height, "width": width} | models.record()
+        del record[name]
+    return record | {
+        "num_frames": num_frames,
+        "height": height,
+        "width": width,
+        "model": str(models.model_dir),
+        "lora": [f"{file}:{weight}" for file, weight in models.loras],
+        "kind": models.kind,
+        "dtype": str(models.dtype)[6:],
+        "low_memory": models.low_memory,
+        "device": str(models.device),
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+    }
 
 
 def check_out(target: Path, inputs: list[str | None]) -> None:
-    """ValueError or OSError for a place that cannot be written to, or an input: found at the end, it would
-    cost all the work."""
+    """What would else be found at the end: a place that cannot be written to, or that is an input."""
     is_file = target.suffix and not target.is_dir()
     if is_file and target.suffix.lower() not in (".mp4", ".gif", ".png"):
         raise ValueError(f"--out {target}: files end in .mp4, .gif or .png; a folder has no ending")
@@ -373,9 +364,7 @@ def check_out(target: Path, inputs: list[str | None]) -> None:
         raise ValueError(f"--out {target} is an input, which would be lost; choose another name")
     folder = target.parent if is_file else target
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".{target.stem}-segment-000.safetensors.tmp"  # the longest name that may follow
-    probe.touch()
-    probe.unlink()
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def output_paths(target: Path, count: int, suffix: str) -> list[Path]:
@@ -452,29 +441,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for field in fields(Request):
             if field.name not in ("prompt", "fps", "tiled") and getattr(args, field.name, None) is not None:
                 parser.error(f"--from-latents only decodes; {field.name} cannot change what was sampled")
-    if args.num_videos != 1 and len(args.seed or []) > 1:
-        parser.error("--num-videos counts up from one --seed; give one seed, or the seeds alone")
-    if not 1 <= args.num_videos <= 1000:
-        parser.error(f"--num-videos {args.num_videos} is outside 1 … 1000")
+    if args.num_videos < 1 or (args.num_videos > 1 and len(args.seed or []) > 1):
+        parser.error("--num-videos is at least 1 and counts up from one --seed, not from several")
     return args
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """(file, weight) of FILE or FILE:WEIGHT; ValueError for a weight out of all bounds."""
-    file, _, number = text.rpartition(":")
-    try:
-        weight = float(number)
-    except ValueError:
-        weight = None
-    if not file or weight is None or Path(text).is_file():  # a name may hold a colon
+    """(file, weight) of FILE or FILE:WEIGHT."""
+    match = re.fullmatch(r"(.+):([-+.e\d]+)", text)
+    if match is None or Path(text).is_file():  # a name may hold a colon
         return Path(text), 1.0
-    if not abs(weight) <= 100:  # true of NaN, too
-        raise ValueError(f"--lora {text}: the weight {weight:g} is outside -100 … 100; 1 is usual")
-    return Path(file), weight
+    return Path(match[1]), float(match[2])
 
 
 def open_models(args: argparse.Namespace) -> Models:
-    """The models of --model on --device in --dtype; ValueError or OSError if one of them cannot be had."""
+    """The models of --model on --device in --dtype."""
     if args.model is None and not TINY.is_dir():
         raise FileNotFoundError("there is no checkpoints/tiny; give --model a hub id or a checkpoint folder, "
                                 "such as tests/goldens/fun-2b-inp, whose weights are random")  # fmt: skip
@@ -484,6 +465,7 @@ def open_models(args: argparse.Namespace) -> Models:
     models = load_models(find_model(args.model or TINY), dtype, device, loras=loras)
     models.compile = args.compile
     models.low_memory = args.low_memory
+    models.progress = not args.quiet
     return models
 
 
@@ -513,17 +495,15 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, say: C
     paths = agree(output_paths(Path(args.out), len(requests), suffix))
     requests = deal(models, requests)
     paths = deal(models, paths)
-    progress = not args.quiet and models.writes
     made = []
-    sampled = generate_each(models, requests, known, progress)
-    for latents, request, path in zip(sampled, requests, paths):
+    for latents, request, path in zip(generate_each(models, requests, known), requests, paths):
         record = make_record(models, request, *known[:3])
         if models.writes:
             save_latents(path.with_suffix(".safetensors"), latents, record)
             made.append((path, latents, record))
     with models.use("vae", "decode"):  # once for all
         for path, latents, record in made:
-            yield path, decode(models, latents, record["tiled"], progress), record
+            yield path, decode(models, latents, record["tiled"]), record
 
 
 def decode_again(args: argparse.Namespace) -> tuple[Models, Iterator[Video]]:
@@ -540,7 +520,7 @@ def decode_again(args: argparse.Namespace) -> tuple[Models, Iterator[Video]]:
     tiled = args.tiled or record.get("tiled", False)
     suffix = ".png" if latents.shape[2] == 1 else ".mp4"
     [path] = output_paths(Path(args.out), 1, suffix)
-    return models, iter([(path, decode(models, latents, tiled, not args.quiet), record)])
+    return models, iter([(path, decode(models, latents, tiled), record)])
 
 
 def run(args: argparse.Namespace) -> None:

@@ -318,7 +318,7 @@ def test_a_lora_that_cannot_be_used_stops_the_run_before_anything_is_loaded(tmp_
     save_lora(trained(random_model(TINY)), tmp_path / "other.safetensors")
     for given, message in (
         (tmp_path / "other.safetensors:0.5", "no LoRA for this transformer (mis-shaped"),
-        (tmp_path / "other.safetensors:nan", "outside -100 … 100"),
+        (tmp_path / "other.safetensors:nan", "other.safetensors:nan is missing"),
     ):
         argv = ["x", "--model", MODEL, "--lora", given, "--out", tmp_path / "x.png", "--num-frames", 1]
         assert sample.main(list(map(str, argv))) == 2
