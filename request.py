@@ -17,16 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import kinds
 from diffusion import SAMPLERS
-from kinds import (
-    check_size,
-    choose_size,
-    legal_num_frames,
-    model_kind,
-    native_fps,
-    native_size,
-    num_padding,
-)
 from media import Clip, Picture, read_image, read_mask, read_video, resize
 from sizes import latent_grid
 from transformer import TransformerConfig
@@ -39,6 +31,7 @@ TAKES = {  # by kind
 }
 NEEDS = {"control": "control_video", "image": "image"}
 BOUNDS = {  # of numbers that would else give noise, or nothing, after a long wait
+    "strength": (0, 1, "0.8 changes much, 0.5 less, 1 all"),
     "guidance_scale": (0, 1000, "the models like 6"),
     "noise_aug_strength": (0, 10, "try 0.0563"),
     "num_steps": (1, 1000, "the models like 50"),
@@ -77,15 +70,15 @@ class Request:
     randn: Callable[[tuple[int, ...]], Tensor] | None = None  # replaces every normal draw
 
     def check(self, config: TransformerConfig) -> None:
-        """Stop, in one sentence, at what cannot be done or contradicts itself; reads no file."""
-        kind = model_kind(config)
+        """ValueError for what cannot be done or contradicts itself; reads no file."""
+        kind = kinds.model_kind(config)
         name = f"a {config.in_channels}-channel {kind} model"
         files = ("image", "end_image", "video", "mask", "control_video")
-        given = [flag for flag in files if getattr(self, flag) is not None]
-        for flag in given:
-            if flag not in TAKES[kind]:
-                other = "32-channel control" if flag == "control_video" else "33-channel inpaint (…-InP)"
-                raise ValueError(f"{name} takes no {flag}; a {other} model does")
+        given = [file for file in files if getattr(self, file) is not None]
+        for file in given:
+            if file not in TAKES[kind]:
+                other = "32-channel control" if file == "control_video" else "33-channel inpaint (…-InP)"
+                raise ValueError(f"{name} takes no {file}; a {other} model does")
         if kind in NEEDS and NEEDS[kind] not in given:
             raise ValueError(f"{name} needs {NEEDS[kind]}")
         if "video" in given and ("image" in given or "end_image" in given):
@@ -93,17 +86,13 @@ class Request:
         if "mask" in given and not ("video" in given or given == ["image", "mask"]):
             raise ValueError("mask needs a video, or an image without end_image, to say where to change it")
         if kind == "image" and len(self.images) > 1:
-            raise ValueError(
-                f"{name} takes one image, not {len(self.images)}; one of 33 channels takes several"
-            )
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength={self.strength} is outside (0, 1]; 0.8 changes much, 0.5 less, 1 all")
+            raise ValueError(f"{name} takes one image, not {len(self.images)}; one of 33 channels takes more")
         if self.strength < 1 and self.video is None:
             raise ValueError(f"strength={self.strength} needs a video to start from")
-        for flag, (least, most, advice) in BOUNDS.items():
-            value = getattr(self, flag)
+        for number, (least, most, advice) in BOUNDS.items():
+            value = getattr(self, number)
             if value is not None and not least <= value <= most:  # true of NaN, too
-                raise ValueError(f"{flag}={value} is outside {least} … {most}; {advice}")
+                raise ValueError(f"{number}={value} is outside {least} … {most}; {advice}")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 999:
             raise ValueError(f"guidance_interval={low} {high} is not two timesteps in 0 … 999, lower first")
@@ -112,7 +101,7 @@ class Request:
         if self.num_taken < 1:
             raise ValueError(f"strength={self.strength} of num_steps={self.num_steps} leaves no step; "
                              f"the smallest is {1 / self.num_steps:.3g}")  # fmt: skip
-        check_size(config, self.height, self.width, self.num_frames)
+        kinds.check_size(config, self.height, self.width, self.num_frames)
 
     @property
     def images(self) -> list[Picture]:
@@ -122,7 +111,7 @@ class Request:
 
     @property
     def num_taken(self) -> int:
-        """Steps that are really taken, the last of num_steps."""
+        """How many of num_steps are taken, the last ones."""
         return int(self.num_steps * self.strength)
 
     @property
@@ -132,15 +121,12 @@ class Request:
 
 
 def complete(request: Request, models) -> Request:
-    """The request, checked, with the model's own values for what was left open, but for sizes.
-
-    models: what sample.load_models gives
-    """
+    """The request, checked, with the own values of the `Models` for what was left open, but for sizes."""
     request.check(models.config)
     own = {
         "guidance_scale": models.schedule.default_guidance_scale,
         "sampler": models.default_sampler,
-        "fps": native_fps(models.config),
+        "fps": kinds.native_fps(models.config),
         "seed": int.from_bytes(os.urandom(4)),
     }
     missing = {name: value for name, value in own.items() if getattr(request, name) is None}
@@ -162,25 +148,22 @@ class Known(NamedTuple):
 
 
 def read_inputs(request: Request, config: TransformerConfig) -> Known:
-    """Read a request's files at the size of the video; no network is needed.
-
-    raises ValueError or OSError, in one sentence
-    """
+    """Read a request's files at the size of the video."""
     notes = []
-    num_frames = request.num_frames or native_size(config)[2]
+    num_frames = request.num_frames or kinds.native_size(config)[2]
     clip = read_clip(request, num_frames)
     if clip is not None:
         num_frames = len(clip)
-    legal = legal_num_frames(config, num_frames, from_clip=request.video is not None)
+    legal = kinds.legal_num_frames(config, num_frames, from_clip=request.video is not None)
     if legal != num_frames:
         notes.append(f"{num_frames} frames do not fit this model: the first {legal} are taken")
         num_frames = legal
 
     images = [read_image(image) for image in request.images]
     ends = [] if request.end_image is None else [read_image(request.end_image)]
-    sources = [*images, *ends, *([] if clip is None else clip[:1])]
-    source_size = sources[0].shape[:2] if sources else None
-    height, width = choose_size(config, request.height, request.width, source_size)
+    sources = images + ends if clip is None else clip
+    source_size = sources[0].shape[:2] if len(sources) else None
+    height, width = kinds.choose_size(config, request.height, request.width, source_size)
     if source_size not in (None, (height, width)) and not (request.height and request.width):
         notes.append(f"the input of {source_size[1]}x{source_size[0]} is made at {width}x{height}")
 
@@ -192,7 +175,7 @@ def read_inputs(request: Request, config: TransformerConfig) -> Known:
     elif sources:
         images = [resize(image, height, width) for image in images]
         ends = [resize(end, height, width) for end in ends]
-        if model_kind(config) == "image":
+        if kinds.model_kind(config) == "image":
             frames = np.stack(images + ends)
         else:
             frames, mask = place_pictures(images, ends, num_frames)
@@ -209,8 +192,8 @@ def read_inputs(request: Request, config: TransformerConfig) -> Known:
 
 
 def read_clip(request: Request, num_frames: int) -> np.ndarray | None:
-    """The clip to change, or to follow, uint8 f h w 3 of at most num_frames; None if there is none."""
-    source = request.video if request.video is not None else request.control_video
+    """The clip to change, or to follow, uint8 f h w 3 of at most num_frames."""
+    source = request.control_video if request.video is None else request.video
     if source is None:
         return None
     clip = read_video(source, num_frames, request.fps)
@@ -232,14 +215,15 @@ def place_pictures(
         raise ValueError(f"{len(pictures)} pictures are more than num_frames={num_frames}")
     frames = np.repeat(pictures[0][None], num_frames, axis=0)
     mask = torch.ones(frames.shape[:3], dtype=torch.bool)
-    places = [*range(len(images)), *([num_frames - 1] * len(ends))]
-    for place, picture in zip(places, pictures):
+    for place, picture in enumerate(pictures):
+        if place >= len(images):  # the end
+            place = num_frames - 1
         frames[place] = picture
         mask[place] = False
     return frames, mask
 
 
 def latent_shape(config: TransformerConfig, known: Known) -> tuple[int, int, int, int, int]:
-    """Of what the network makes, 1 16 f' h' w': CogVideoX1.5's padding counts."""
+    """1 16 f' h' w' of what the network makes, the padding of CogVideoX1.5 included."""
     f, h, w = latent_grid(known.num_frames, known.height, known.width)
-    return 1, config.out_channels, f + num_padding(config, f), h, w
+    return 1, config.out_channels, f + kinds.num_padding(config, f), h, w
