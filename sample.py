@@ -104,12 +104,10 @@ def denoise(
     schedule = Schedule(models.schedule.config, snr_shift=request.sampler in SNR_SHIFTED)
     timesteps = schedule.timesteps(request.num_steps)[-request.num_taken :]
     shape = latent_shape(models.config, known)
-    x = request.latents
-    if x is None:
-        x = randn(shape).to(models.device, torch.float32)
-        if start is not None:
-            x = schedule.add_noise(start.float(), x, timesteps[:1])
+    x = randn(shape) if request.latents is None else request.latents
     x = x.to(models.device, torch.float32)
+    if start is not None:
+        x = schedule.add_noise(start.float(), x, timesteps[:1])
 
     def noise_like_x() -> Tensor:
         return randn(shape).to(x)
@@ -152,21 +150,19 @@ def guided(
         condition = condition.to(models.device, models.dtype)
 
     def velocity(x: Tensor, t: int) -> Tensor:
-        scale = guidance_at(
-            t, request.guidance_scale, num_steps, request.dynamic_guidance, request.guidance_interval
-        )
-        x = x.to(models.dtype)
+        dynamic, interval = request.dynamic_guidance, request.guidance_interval
+        scale = guidance_at(t, request.guidance_scale, num_steps, dynamic, interval)
         prompts = text if scale != 1 else text[-1:]
+        if cache is not None:
+            cache.begin(t, len(prompts))
         tokens = x.shape[2:].numel() // (4 * dit.config.patch[0])
         halves_apart = models.on_all_ranks and NUM_RANKS % 2 == 0  # by parallel.py, each on half of the ranks
         at_once = 2 if tokens <= SMALL_TOKENS or halves_apart else 1  # else one by one, for memory
         outputs = []
-        if cache is not None:
-            cache.begin(t, len(prompts))
         for prompt in prompts.split(at_once):
-            count = len(prompt)
-            told = None if condition is None else condition.expand(count, -1, -1, -1, -1)
-            noisy = x.expand(count, -1, -1, -1, -1)
+            shape = (len(prompt), -1, -1, -1, -1)
+            told = None if condition is None else condition.expand(shape)
+            noisy = x.to(models.dtype).expand(shape)
             outputs += dit(noisy, t, prompt, told).split(1)
         if len(outputs) == 1:
             return outputs[0].float()
@@ -273,6 +269,7 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     tokens = num_tokens(*known[:3], config.patch_size_t or 1)
     needs = estimate_bytes(models, latents)
     memory = ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
+    dtype = str(models.dtype)[6:] + (", matrices as float8" if models.low_memory else "")
     notes = [*known.notes, *prompt_notes(models, requests)]
     num_decoded = decoded_frames(latent_frames(known.num_frames), models.first_alone)
     if num_decoded != known.num_frames:
@@ -287,14 +284,13 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
         f"{latents[2]} latent frames -> {tokens} tokens",
         f"sampler  {request.sampler}, {request.num_steps} steps, strength {request.strength:g}, "
         f"guidance {request.guidance_scale:g}",
-        f"device   {models.device}, {str(models.dtype)[6:]}{', matrices as float8' * models.low_memory}",
+        f"device   {models.device}, {dtype}",
         f"memory   about {memory} GiB",
     ]
     if request.step_cache:
         from stepcache import announce
 
-        timesteps = models.schedule.timesteps(request.num_steps)[-request.num_taken :]
-        lines.append(f"cache    {announce(models, request.step_cache, timesteps)}")
+        lines.append(f"cache    {announce(models, request)}")
     return "\n".join([*lines, *(f"note     {note}" for note in notes)])
 
 
@@ -438,12 +434,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if bool(args.prompt) == bool(args.from_latents):
         parser.error("give a prompt (before --image and --seed), or --from-latents FILE without one")
     if args.from_latents:
-        for field in fields(Request):
-            if field.name not in ("prompt", "fps", "tiled") and getattr(args, field.name, None) is not None:
-                parser.error(f"--from-latents only decodes; {field.name} cannot change what was sampled")
+        for name in asked(args).keys() - {"fps", "tiled"}:
+            parser.error(f"--from-latents only decodes; {name} cannot change what was sampled")
     if args.num_videos < 1 or (args.num_videos > 1 and len(args.seed or []) > 1):
         parser.error("--num-videos is at least 1 and counts up from one --seed, not from several")
     return args
+
+
+def asked(args: argparse.Namespace) -> dict:
+    """What is given of the fields of `Request`, but for the prompt."""
+    names = [field.name for field in fields(Request) if field.name != "prompt"]
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -531,12 +532,10 @@ def run(args: argparse.Namespace) -> None:
             say(text)
 
     args.out = args.out or "outputs"
-    settings = {}
-    for field in fields(Request):
-        if field.name not in ("prompt", "seed") and getattr(args, field.name, None) is not None:
-            settings[field.name] = getattr(args, field.name)
-    given = [settings.get(name) for name in ("end_image", "video", "mask", "control_video")]
-    check_out(Path(args.out), given + settings.get("image", []))
+    settings = asked(args)
+    settings.pop("seed", None)  # there may be several
+    inputs = [args.end_image, args.video, args.mask, args.control_video, *(args.image or [])]
+    check_out(Path(args.out), inputs)
     if args.from_latents:
         models, videos = decode_again(args)
     else:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from checkpoint import build, component_dir, read_tensors, weight_files
 from kinds import model_kind
 from models import Models
+from request import Request
 from transformer import TransformerConfig, VideoTransformer
 
 POLYNOMIALS = {  # (kind, layers, patch_size_t) -> coefficients, highest power first
@@ -61,18 +62,21 @@ def plan(dit: VideoTransformer, threshold: float, timesteps: Tensor) -> set[int]
 
 
 @torch.inference_mode()
-def announce(models: Models, threshold: float, timesteps: Tensor) -> str:
+def announce(models: Models, request: Request) -> str:
     """What is known before the transformer is loaded; of its weights only those of the timestep are read."""
+    timesteps = models.schedule.timesteps(request.num_steps)[-request.num_taken :]
     folder = component_dir(models.model_dir, "transformer")
     dit = build(VideoTransformer, TransformerConfig, folder)
     files = weight_files(folder)
     keys = [key for key in files if key.startswith(("time_embedding.", "ofs_embedding."))]
     state = {key: tensor.to(models.dtype) for key, tensor in read_tensors(files, keys)}
     dit.load_state_dict(state, strict=False, assign=True)
-    skipped = plan(dit, threshold, timesteps)
+    skipped = plan(dit, request.step_cache, timesteps)
     if skipped is None:
-        return f"threshold {threshold:g}, the first block of each step decides"
-    return f"threshold {threshold:g}, {len(timesteps) - len(skipped)} of {len(timesteps)} steps computed"
+        rule = "the first block of each step decides"
+    else:
+        rule = f"{len(timesteps) - len(skipped)} of {len(timesteps)} steps computed"
+    return f"threshold {request.step_cache:g}, {rule}"
 
 
 class StepCache:
@@ -82,15 +86,15 @@ class StepCache:
         self.threshold = threshold
         self.plain = dit.run_blocks
         self.skipped = plan(dit, threshold, timesteps)
-        self.first: dict[int, Tensor] = {}  # by place in the step: what the first block added
+        self.first: dict[int, Tensor] = {}  # what the first block added, by the forward's place in its step
         self.added: dict[int, Tensor] = {}  # and what those did that may be skipped
         self.num_prompts = 0
         self.num_computed = self.num_forwards = 0
 
     def begin(self, t: int, num_prompts: int) -> None:
-        """A step is about to compute the velocity of one prompt, or of two in one or two forwards.
+        """A step begins, of one prompt, or of two in one or two forwards.
 
-        Where their number changes all is forgotten: what a prompt left out would have kept is too old.
+        Where their number changes all is forgotten: of a prompt that was left out it is too old.
         """
         if num_prompts != self.num_prompts:
             self.first.clear()
