@@ -115,7 +115,7 @@ def denoise(
     with models.use("transformer", "denoise") as dit, contextlib.ExitStack() as stack:
         cache = None
         if request.step_cache:
-            from stepcache import skip_steps  # here and in `describe`, so that stepcache.py can be deleted
+            from stepcache import skip_steps  # here, so that stepcache.py can be deleted
 
             cache = stack.enter_context(skip_steps(dit, request.step_cache, timesteps))
         velocity = guided(models, dit, request, text, condition, len(timesteps), cache)
@@ -283,14 +283,10 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
         f"video    {len(requests)} of {known.width}x{known.height}, {known.num_frames} frames -> "
         f"{latents[2]} latent frames -> {tokens} tokens",
         f"sampler  {request.sampler}, {request.num_steps} steps, strength {request.strength:g}, "
-        f"guidance {request.guidance_scale:g}",
+        f"guidance {request.guidance_scale:g}, step cache {request.step_cache:g}",
         f"device   {models.device}, {dtype}",
         f"memory   about {memory} GiB",
     ]
-    if request.step_cache:
-        from stepcache import announce
-
-        lines.append(f"cache    {announce(models, request)}")
     return "\n".join([*lines, *(f"note     {note}" for note in notes)])
 
 

@@ -215,25 +215,17 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class GELU(nn.Module):
-    """Linear layer and tanh-approximated GELU; a module only for its key, ff.net.0.proj."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
 class FeedForward(nn.Module):
+    """d -> 4d -> d; its keys are net.0.proj and net.2."""
+
     def __init__(self, dim: int):
         super().__init__()
-        no_dropout = nn.Identity()  # holds index 1
-        self.net = nn.Sequential(GELU(dim, 4 * dim), no_dropout, nn.Linear(4 * dim, dim))
+        first = nn.ModuleDict({"proj": nn.Linear(dim, 4 * dim)})
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        x = F.gelu(self.net[0]["proj"](x), approximate="tanh")
+        return self.net[2](x)
 
 
 def add_gated(tokens: Tensor, branch: Tensor, gates: tuple[Tensor, Tensor], num_text: int) -> Tensor:
