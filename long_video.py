@@ -11,6 +11,7 @@ f frames · h w height, width
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,9 +31,9 @@ OVERLAP = 5  # frames that a segment is given of the one before: two latent fram
 
 
 def segments(num_frames: int, length: int, overlap: int = OVERLAP) -> list[int]:
-    """How many frames each segment has in common with the one before, for num_frames in segments of `length`.
+    """How many frames each segment of `length` has in common with the one before.
 
-    The first has none; the last as many as are needed to fill it. ValueError unless num_frames is 4k+1.
+    The first has none, the last as many as are needed to fill it.
     """
     check_frames(num_frames)
     shared = [0]
@@ -56,33 +57,33 @@ def generate_long(
     settings: as for `generate`, but what gives other frames than the first and last ones
     saved: the video's path; the latents of segment i are kept beside it as …-segment-i.safetensors, and those
         that are there already are not sampled again
-    raises ValueError for other models and settings, and if a kept segment was made with other settings
     """
     length = native_size(models.config)[2]
     for name in ("video", "mask", "control_video", "latents"):
         if settings.get(name) is not None:
             raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no {name}; "
                              f"leave it out, or make {length} frames")  # fmt: skip
-    whole = complete(Request(prompt, **settings), models)
-    record = sample.make_record(models, whole, num_frames, whole.height, whole.width)
-    overlaps = segments(num_frames, length)
-    before = None
-    for i, overlap in enumerate(overlaps):
-        is_last = i + 1 == len(overlaps)
-        end = whole.end_image if is_last else None
-        given = {"end_image": end} if before is None else continue_from(before[-overlap:], length, end)
-        request = settings | given | {"num_frames": length, "seed": whole.seed + i}
+    request = complete(Request(prompt, **settings), models)
+    record = sample.make_record(models, request, num_frames, request.height, request.width)
+    overlaps = [*segments(num_frames, length), 0]  # and that of the last with one behind it
+    frames = None
+    for i, (overlap, next_overlap) in enumerate(itertools.pairwise(overlaps)):
+        end = request.end_image if next_overlap == 0 else None
+        segment = settings | {"end_image": end, "num_frames": length, "seed": request.seed + i}
+        if i > 0:
+            segment |= continue_from(frames[-overlap:], length, end)
         file = None if saved is None else segment_file(saved, i)
         if file is not None and file.is_file():
             latents = load_segment(file, record)
         else:
-            latents = sample.generate(models, prompt, output="latents", **request)
+            latents = sample.generate(models, prompt, output="latents", **segment)
             if file is not None and models.writes:
                 sample.save_latents(file, latents, record)
-        frames = np.concatenate(list(sample.decode(models, latents, whole.tiled)))
-        before = frames if before is None else fade(before, frames, overlap)
-        kept_back = 0 if is_last else overlaps[i + 1]  # the next segment fades in over them
-        yield before[: length - kept_back]
+        before = frames
+        frames = np.concatenate(list(sample.decode(models, latents, request.tiled)))
+        if i > 0:
+            frames = fade(before, frames, overlap)
+        yield frames[: length - next_overlap]  # the next segment fades in over the others
 
 
 def continue_from(known: np.ndarray, length: int, end_image: Picture | None) -> dict:
@@ -99,10 +100,10 @@ def continue_from(known: np.ndarray, length: int, end_image: Picture | None) -> 
 
 
 def fade(before: np.ndarray, after: np.ndarray, overlap: int) -> np.ndarray:
-    """`after`, its first frames, which `before` ends with as well, mixed with those: ever less of `before`.
+    """`after`, its first frames mixed with the last of `before`, which show the same: ever less of `before`.
 
-    What the VAE changes of known frames would else be seen as a jump. The reference's fade (predict_i2v.py)
-    begins with 0, 1/overlap, 2/overlap, …; these weights begin a frame earlier and so rise by less.
+    What the VAE changes of known frames would else be seen as a jump. The weights of the reference
+    (predict_i2v.py) are 0, 1/overlap, 2/overlap, …; ours begin a frame earlier and so rise by less.
     """
     weights = np.arange(1, overlap + 1, dtype=np.float32)[:, None, None, None] / (overlap + 1)
     mixed = before[-overlap:] + weights * (after[:overlap] - before[-overlap:].astype(np.float32))
@@ -117,7 +118,7 @@ def segment_file(path: Path, i: int) -> Path:
 
 
 def load_segment(file: Path, record: dict) -> Tensor:
-    """Its latents; ValueError if the record of then, but for the device, is not the record of now."""
+    """Its latents; ValueError if they were made with other settings."""
     latents, then = sample.load_latents(file)
     now = json.loads(sample.as_json(record))
     for name in now.keys() | then.keys():
@@ -141,17 +142,17 @@ def make_long_videos(
     requests = sample.make_requests(models, args, settings)
     overlaps = segments(num_frames, native_size(models.config)[2])
     tell(sample.describe(models, requests, read_inputs(requests[0], models.config)))
-    seeds = ", ".join(str(request.seed) for request in requests)
-    tell(f"{num_frames} frames in {len(overlaps)} segments, which have {str(overlaps[1:])[1:-1]} frames in "
-         f"common with those before; seeds {seeds}")  # fmt: skip
+    seeds = [request.seed for request in requests]
+    tell(
+        f"{num_frames} frames in segments that have {overlaps[1:]} in common with those before; seeds {seeds}"
+    )
     for request, path in sample.deal(models, list(zip(requests, paths))):
-        asked = settings | {"seed": request.seed}
-        chunks = generate_long(models, request.prompt, num_frames, path, **asked)
-        record = sample.make_record(models, request, num_frames, request.height, request.width)
-        if models.writes:
-            yield path, chunks, record
-            for i in range(len(overlaps)):
-                segment_file(path, i).unlink()
-        else:
+        settings["seed"] = request.seed
+        chunks = generate_long(models, request.prompt, num_frames, path, **settings)
+        if not models.writes:
             for _ in chunks:
                 pass
+            continue
+        yield path, chunks, sample.make_record(models, request, num_frames, request.height, request.width)
+        for i in range(len(overlaps)):
+            segment_file(path, i).unlink()

@@ -54,16 +54,13 @@ class Division:
         self.mesh = self.half if self.is_apart else self.all  # of the ranks that share tokens
         if not self.is_apart:
             return inputs
-        noisy, timesteps, text, condition = inputs
-        noisy = part(noisy, BATCH, self.halves)
-        text = part(text, BATCH, self.halves)
-        if condition is not None:
-            condition = part(condition, BATCH, self.halves)
-        return noisy, timesteps, text, condition
+        return tuple(part(x, BATCH, self.halves) if isinstance(x, Tensor) else x for x in inputs)
 
     def leave(self, dit: nn.Module, inputs: tuple, velocity: Tensor) -> Tensor:
         """After it: the velocities of both."""
-        return joined(velocity, BATCH, 2, self.halves).full_tensor() if self.is_apart else velocity
+        if not self.is_apart:
+            return velocity
+        return joined(velocity, BATCH, 2, self.halves).full_tensor()
 
     def run_blocks(
         self, blocks: nn.ModuleList, tokens: Tensor, temb: Tensor, rope: Rope | None, num_text: int, *others
@@ -94,10 +91,7 @@ class Division:
 
 
 def divide(dit: VideoTransformer) -> None:
-    """From now on all ranks compute each forward of `dit` together, and each gets the whole velocity.
-
-    All must call it, with the same arguments.
-    """
+    """From now on all ranks, which all call it, compute each forward of `dit` together."""
     division = Division(dit.proj_out.weight.device.type, dit.config.num_attention_heads)
     dit.register_forward_pre_hook(division.enter)
     dit.register_forward_hook(division.leave)
