@@ -134,7 +134,7 @@ def make_long_videos(
     """In place of `sample.make_videos`: each is written while it is made."""
     models.keep = True  # every segment needs all networks
     num_frames = settings.pop("num_frames")
-    count = len(args.prompt) * len(args.seed or [0]) * args.num_videos
+    count = len(args.prompt) * len(args.seed or [0])
     paths = agree(sample.output_paths(Path(args.out), count, ".mp4"))
     if args.seed is None and segment_file(paths[0], 0).is_file():
         _, record = sample.load_latents(segment_file(paths[0], 0))

@@ -219,8 +219,8 @@ def generate_each(models: Models, requests: list[Request], known: Known) -> Iter
     """What `generate` gives for requests with the same files, as latents; each network is loaded once."""
     randns = [seeded(request.seed) for request in requests]
     with models.use("text_encoder", "text"):
-        prompts = {request.texts for request in requests}
-        texts = {texts: encode_text(models, texts) for texts in sorted(prompts)}
+        prompts = sorted({request.texts for request in requests})
+        texts = {prompt: encode_text(models, prompt) for prompt in prompts}
     encoded = []
     with models.use("vae", "encode") if known.frames is not None else contextlib.nullcontext():
         for request, randn in zip(requests, randns):
@@ -236,8 +236,8 @@ def generate_each(models: Models, requests: list[Request], known: Known) -> Iter
 def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
     """Peak memory of each stage, weights and activations, for latents b c f' h' w'.
 
-    Activations are counted in maps of the VAE's widest layers and in tokens of the transformer's width; the
-    factors are measured, of decoding on an H200 in bf16, else on CPUs.
+    Activations are maps of the VAE's widest layers and tokens of the transformer's width, so many times as
+    was measured, of decoding on an H200 in bf16, else on CPUs.
     """
     size = models.dtype.itemsize
     config = models.config
@@ -266,7 +266,7 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     request = requests[0]
     config = models.config
     latents = latent_shape(config, known)
-    tokens = num_tokens(*known[:3], config.patch_size_t or 1)
+    tokens = num_tokens(known.num_frames, known.height, known.width, config.patch_size_t or 1)
     needs = estimate_bytes(models, latents)
     memory = ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
     dtype = str(models.dtype)[6:] + (", matrices as float8" if models.low_memory else "")
@@ -316,10 +316,7 @@ def save_latents(path: Path, latents: Tensor, record: dict) -> None:
 
 
 def load_latents(path: Path) -> tuple[Tensor, dict]:
-    """Latents 1 c f' h' w' and the record of their making, as `save_latents` leaves them.
-
-    raises ValueError or OSError if the file is anything else
-    """
+    """What `save_latents` left: latents 1 c f' h' w' and the record of their making."""
     with open_safetensors(path) as file:
         if list(file.keys()) != ["latents"]:
             raise ValueError(f"{path} holds no latents of ours; give the .safetensors beside a video")
@@ -360,7 +357,7 @@ def check_out(target: Path, inputs: list[str | None]) -> None:
 
 
 def output_paths(target: Path, count: int, suffix: str) -> list[Path]:
-    """Where `count` results go: the file asked for, numbered if there are more, or the next in the folder."""
+    """Where results go: the file asked for, numbered if there are more, or the next numbers in the folder."""
     if target.suffix and not target.is_dir():
         if count == 1:
             return [target]
@@ -413,8 +410,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--noise-aug-strength", "noise on given pictures", type=float)
     add("--sampler", "default: the model's", choices=list(SAMPLERS))
     add("--lora", "add what was fine-tuned, WEIGHT times (default 1)", nargs="+", metavar="FILE[:WEIGHT]")
-    add("--seed", "one or several; a seed makes the same video again; default: drawn", type=int, nargs="+")
-    add("--num-videos", "videos per prompt, with seeds counted up from --seed", type=int, default=1)
+    add("--seed", "a video of each; the same seed makes the same again; default: drawn", type=int, nargs="+")
     add("--fps", "clips are read and videos written at it; default: the model's, 8 or 16", type=float)
     add("--tiled", "the VAE works in tiles: less memory, slightly other pixels", **switch)
     add("--step-cache", "skip blocks where they change less than this: faster, try 0.1; 0: never", type=float)
@@ -432,8 +428,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.from_latents:
         for name in asked(args).keys() - {"fps", "tiled"}:
             parser.error(f"--from-latents only decodes; {name} cannot change what was sampled")
-    if args.num_videos < 1 or (args.num_videos > 1 and len(args.seed or []) > 1):
-        parser.error("--num-videos is at least 1 and counts up from one --seed, not from several")
     return args
 
 
@@ -469,7 +463,6 @@ def open_models(args: argparse.Namespace) -> Models:
 def make_requests(models: Models, args: argparse.Namespace, settings: dict) -> list[Request]:
     """One for each prompt and seed."""
     seeds = args.seed or [agree(int.from_bytes(os.urandom(4)))]
-    seeds = [seed + i for seed in seeds for i in range(args.num_videos)]
     pairs = itertools.product(args.prompt, seeds)
     return [complete(Request(prompt, seed=seed, **settings), models) for prompt, seed in pairs]
 
@@ -494,8 +487,8 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, say: C
     paths = deal(models, paths)
     made = []
     for latents, request, path in zip(generate_each(models, requests, known), requests, paths):
-        record = make_record(models, request, *known[:3])
         if models.writes:
+            record = make_record(models, request, known.num_frames, known.height, known.width)
             save_latents(path.with_suffix(".safetensors"), latents, record)
             made.append((path, latents, record))
     with models.use("vae", "decode"):  # once for all
