@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Entry, Plan, Record, bucket_at, open_record, scan_metadata, sizes_for
+from data import Plan, Record, bucket_at, open_record, sizes_for
 from media import notes, read_image, shown_frames
+from metadata import Entry, scan_metadata
 from runtime import generator, integer
 
 

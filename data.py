@@ -1,19 +1,17 @@
 """Everything that turns a list of pictures and clips into training batches.
 
-    metadata ─read_metadata─► entries ─open_records─► records ─Epochs─► micro-batches ─Loader─► samples
+    metadata.py ─► entries ─open_records─► records ─Epochs─► micro-batches ─Loader─► samples
 
 Errors a user can cause are one sentence with the path in it: OSError where the file system refuses, and
 ValueError where the contents are at fault. Dimension key: b batch, f frames, h height, w width, c channels.
 """
 
 import collections
-import csv
 import dataclasses
 import hashlib
+import inspect
 import itertools
-import json
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,20 +24,10 @@ import torch
 from torch import Tensor
 
 from inpaint import MASK_KINDS, random_mask
-from media import (
-    CLIP_ENDINGS,
-    MILLISECOND,
-    PICTURE_ENDINGS,
-    fit,
-    is_clip,
-    must_exist,
-    probe_video,
-    read_image,
-    read_video,
-    to_pixels,
-)
-from runtime import chance, generator, integer, say
-from sizes import Bucket, frames_for, nearest_shape
+from media import MILLISECOND, fit, probe_video, read_image, read_video, to_pixels
+from metadata import Entry, read_metadata
+from runtime import chance, generator, integer
+from sizes import Bucket, frames_for, nearest_shape, num_tokens
 
 # ---------------------------------------------------------------- samples: what is known before decoding
 
@@ -63,174 +51,12 @@ class Record:
     scene: object = None  # of a drawn clip: many are drawn at once where they are needed, by shapes.draw
 
 
-class Entry(NamedTuple):
-    """One line of a metadata file."""
+class Files(NamedTuple):
+    """What a run learns from."""
 
-    path: Path
-    caption: str
-    is_image: bool
-    control: Path | None = None
-
-
-def read_metadata(path: str | Path) -> list[Entry]:
-    """The samples listed in a .json (a list), .jsonl or .csv file, or found in a folder with a .txt each.
-
-    An item is {"file_path", "text", "type": "video" | "image"}, as in the reference, and for control models
-    "control_file_path"; paths are absolute or relative to the file; without a type the content tells; other
-    fields are ignored. Prints what one should know beside.
-    raises OSError if there is no such file, ValueError with one line for each mistake in it
-    """
-    entries, mistakes, remarks = scan_metadata(Path(path))
-    if mistakes:
-        lines = mistakes[:100] + [f"and {len(mistakes) - 100} more"] * (len(mistakes) > 100)
-        raise ValueError("\n  ".join([f"{path} cannot be used; mistakes: {len(mistakes)}", *lines]))
-    for remark in remarks:
-        say(f"note: {path}: {remark}")
-    return entries
-
-
-def scan_metadata(path: Path) -> tuple[list[Entry], list[str], list[str]]:
-    """(the samples that can be used, a line for each mistake, a line for what else one should know)"""
-    entries: dict[Entry, str] = {}
-    lines: dict[str, list[str]] = {"mistake": [], "remark": []}
-    for kind, where, item in _folder_items(path) if path.is_dir() else _file_items(path):
-        if kind != "sample":
-            lines[kind].append(f"{where}: {item}")
-            continue
-        problems, entry = _to_entry(path, item)
-        lines["mistake"] += [f"{where}: {problem}" for problem in problems]
-        if entry in entries:
-            lines["remark"].append(f"{where}: says the same as {entries[entry]}; it is taken once")
-        elif entry is not None:
-            entries[entry] = where
-    if not entries and not lines["mistake"]:
-        lines["mistake"].append("it lists no samples")
-    return list(entries), lines["mistake"], lines["remark"]
-
-
-Item = tuple[
-    str, str, object
-]  # "sample", where it stands, its fields; or "mistake" or "remark", where, a text
-
-
-def _file_items(path: Path) -> Iterator[Item]:
-    must_exist(path)
-    ending = path.suffix.lower()
-    if ending == ".csv":
-        yield from _csv_items(path)
-        return
-    pieces = path.read_bytes().splitlines() if ending == ".jsonl" else [path.read_bytes()]
-    for number, piece in enumerate(pieces, 1):
-        where = f"line {number}" if ending == ".jsonl" else "the file"
-        if ending == ".jsonl" and not piece.strip():
-            continue
-        try:
-            parsed = json.loads(piece.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            yield "mistake", where, f"not JSON in UTF-8 ({error}); one object a line is .jsonl"
-            continue
-        if ending == ".jsonl":
-            items = [(where, parsed)]
-        elif isinstance(parsed, list):
-            items = [(f"item {number}", item) for number, item in enumerate(parsed, 1)]
-        else:
-            yield "mistake", where, "should be a list […] of objects {…}"
-            continue
-        for where, item in items:
-            is_object = isinstance(item, dict)
-            yield ("sample", where, item) if is_object else ("mistake", where, "should be an object {…}")
-
-
-def _csv_items(path: Path) -> Iterator[Item]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                where = f"line {reader.line_num}"
-                if None in row:
-                    yield (
-                        "mistake",
-                        where,
-                        "has more fields than the header; put a text with commas in quotes",
-                    )
-                else:
-                    yield "sample", where, {name: value for name, value in row.items() if value is not None}
-        except (csv.Error, ValueError) as error:
-            yield "mistake", f"line {reader.line_num + 1}", f"not CSV in UTF-8 ({error})"
-
-
-def _folder_items(folder: Path) -> Iterator[Item]:
-    """Every file is accounted for: a sample, its caption, a mistake, or counted among what is left out."""
-    captions, media, others = {}, {}, {}
-    for path in _visible_files(folder):
-        ending = path.suffix.lower()
-        kind = captions if ending == ".txt" else media if ending in PICTURE_ENDINGS | CLIP_ENDINGS else others
-        kind.setdefault(path.with_suffix(""), []).append(path)
-    for stem, paths in media.items():
-        caption = captions.get(stem, [stem.with_suffix(".txt")])[0]
-        for path in paths:
-            where = str(path.relative_to(folder))
-            try:
-                text = caption.read_text(encoding="utf-8-sig").strip()
-                yield "sample", where, {"file_path": where, "text": text}
-            except FileNotFoundError:
-                yield "mistake", where, f"its caption {caption.name} is missing"
-            except (OSError, ValueError) as error:
-                yield "mistake", where, f"its caption {caption.name} is unreadable ({error})"
-        if len(paths) > 1:
-            names = " and ".join(path.name for path in paths)
-            yield "remark", str(caption.relative_to(folder)), f"is the caption of {names}"
-    for stem in captions.keys() - media.keys():
-        where = str(captions[stem][0].relative_to(folder))
-        names = " and ".join(path.name for path in others.pop(stem, []))
-        what = f"{names}, which is not read; convert it" if names else "no picture or clip; remove it"
-        yield "mistake", where, f"is the caption of {what}"
-    endings = collections.Counter(path.suffix for paths in others.values() for path in paths)
-    if endings:
-        counts = ", ".join(
-            f"{count} {ending or 'without ending'}" for ending, count in sorted(endings.items())
-        )
-        yield "remark", "files", f"left out, as they are neither pictures nor clips: {counts}"
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """Links are followed; what systems and editors leave in hidden folders and files is none of ours."""
-    found, seen = [], set()
-    for name, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(name) in seen:  # links in a circle
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(name))
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX", "@eaDir"))]
-        found += [Path(name, file) for file in files if not file.startswith(".")]
-    return sorted(found)
-
-
-def _to_entry(metadata: Path, item: dict) -> tuple[list[str], Entry | None]:
-    """(what is wrong with an item, the entry it stands for)"""
-    problems = []
-    item = {name: value for name, value in item.items() if value != "" or name in ("file_path", "text")}
-    for field in ("file_path", "text", "type", "control_file_path"):
-        if field not in item and field in ("file_path", "text"):
-            problems.append(f"{field} is missing")
-        elif not isinstance(item.get(field, ""), str):
-            problems.append(f"{field} = {json.dumps(item[field])[:80]} should be a string")
-    kind = item.get("type")
-    if isinstance(kind, str) and kind not in ("video", "image"):
-        problems.append(f'type = "{kind}" should be "video" or "image"')
-    paths = {}
-    for field in ("file_path", "control_file_path"):
-        if isinstance(item.get(field), str):
-            paths[field] = path = (metadata if metadata.is_dir() else metadata.parent) / item[field]
-            if not path.is_file():
-                problems.append(f"{field}: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
-            elif kind is None:
-                kind = "video" if is_clip(path) else "image"
-            elif kind in ("video", "image") and is_clip(path) != (kind == "video"):
-                problems.append(f"{field}: {path} is no {kind}, as its type says")
-    if problems:
-        return problems, None
-    return [], Entry(paths["file_path"], item["text"], kind == "image", paths.get("control_file_path"))
+    records: list[Record]
+    held_out: list[Record]  # for validation and previews
+    failures: dict[str, str] = {}  # what is wrong with those that cannot be opened, by path
 
 
 def open_record(entry: Entry, fps: float) -> Record:
@@ -279,6 +105,46 @@ def open_records(entries: list[Entry], fps: float = 8) -> tuple[list[Record], di
     return records, dict(sorted(failures.items()))
 
 
+def open_files(path: str, held_out_path: str | None, num_held_out: int, fps: float) -> Files:
+    """The samples of a metadata file or folder; held out are those of another one, or every tenth, at most
+    num_held_out of them."""
+    records, failures = open_records(read_metadata(path), fps)
+    if held_out_path:
+        held_out, more = open_records(read_metadata(held_out_path), fps)
+        return Files(records, held_out[:num_held_out], failures | more)
+    chosen = set(range(9, len(records), 10)[:num_held_out]) or {len(records) - 1}
+    held_out = [record for i, record in enumerate(records) if i in chosen]
+    return Files([r for i, r in enumerate(records) if i not in chosen] or held_out, held_out, failures)
+
+
+def draw_files(num_samples: int, num_held_out: int, num_frames: int, seed: int) -> Files:
+    """The drawn world of shapes.py. Of ten clips four are square, two each 2:3 and 3:2, one each 1:2 and 2:1.
+    A sixth of the samples are pictures, square, as each shape would be micro-batches of its own, and nearly
+    empty ones. Held out are the combinations of `shapes.is_held_out`."""
+    import shapes  # here and below, so that shapes.py can be deleted
+
+    num_pictures = num_samples // 6
+    sizes = [(128, 128), (104, 156), (128, 128), (156, 104), (90, 180)]
+    sizes += [(128, 128), (104, 156), (128, 128), (156, 104), (180, 90)]
+    clips = shapes.records(num_samples - num_pictures, seed, sizes=sizes, num_frames=num_frames)
+    clips += shapes.records(num_pictures, seed + 1, sizes=sizes[:1], num_frames=1)
+    unseen = shapes.records(num_held_out, seed + 2, True, sizes, num_frames)
+    return Files(*([shape_record(clip, i) for i, clip in enumerate(part)] for part in (clips, unseen)))
+
+
+def shape_record(clip, number: int = 0) -> Record:
+    """A `shapes.Clip`, which is drawn where it is needed."""
+    return Record(
+        name=f"shape {number}: {clip.scene.caption()}",
+        caption=clip.scene.caption,
+        num_frames=clip.num_frames,
+        size=clip.size,
+        read=clip.read,
+        content=(Path(inspect.getfile(type(clip))), repr(clip)),
+        scene=clip.scene,
+    )
+
+
 def digest(records: list[Record]) -> str:
     """What a list of samples is, wherever its files lie and however the way to them is spelled.
 
@@ -313,6 +179,7 @@ def caption_report(captions: list[str], tokenizer, max_length: int) -> list[str]
 
 CAPTION_DROP = 0.1  # unconditional samples, for guidance
 TEXT_ONLY = 0.9  # of the samples with everything masked have a zero condition
+PICTURE_DROP = 0.05  # of an image model's samples are not shown their first picture
 
 Key = tuple[int, int, int]  # (seed, draw, sample): what all about a sample is a function of, see `Epochs`
 
@@ -326,6 +193,8 @@ class Plan:
     batch_tokens: int  # of a micro-batch: it holds max(1, batch_tokens // tokens of its bucket) samples
     max_frames: int = 49
     frames_per_token: int = 1
+    num_padding: int = 0  # latent frames in front of a clip, which count: CogVideoX1.5's, see Denoising
+    size: tuple[int, int] | None = None  # height, width, where a model takes no other
     masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(MASK_KINDS))  # none: not drawn
     text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
 
@@ -337,10 +206,16 @@ def sizes_for(record: Record, plan: Plan) -> list[int]:
 
 def bucket_at(record: Record, plan: Plan, size: int) -> Bucket:
     """The nearest aspect at a base size, and the frames that fill the token budget, no more than the clip."""
-    height, width = nearest_shape(size, *record.size)
+    height, width = plan.size or nearest_shape(size, *record.size)
     max_frames = min(plan.max_frames, record.num_frames)
-    num_frames = frames_for(plan.max_tokens, height, width, max_frames, plan.frames_per_token)
-    return Bucket(num_frames, height, width)
+    pairs = plan.frames_per_token, plan.num_padding
+    return Bucket(frames_for(plan.max_tokens, height, width, max_frames, *pairs), height, width)
+
+
+def tokens_of(bucket: Bucket, plan: Plan) -> int:
+    """What a clip of this shape counts; a picture is not padded."""
+    padding = plan.num_padding if bucket.num_frames > 1 else 0
+    return num_tokens(bucket.num_frames + 4 * padding, bucket.height, bucket.width)
 
 
 def choose_bucket(record: Record, plan: Plan, draws: torch.Generator) -> Bucket:
@@ -399,7 +274,7 @@ class Epochs:
             members.setdefault(buckets[index], []).append(index)
         groups = []
         for bucket, indices in members.items():
-            size = max(1, self.plan.batch_tokens // bucket.tokens)
+            size = max(1, self.plan.batch_tokens // tokens_of(bucket, self.plan))
             end = len(indices)
             if only_full and end > size:
                 end = end // size * size
@@ -440,14 +315,29 @@ class Epochs:
             todo = todo[size:]
 
 
-def bucket_table(micros: list[Micro]) -> str:
+VALIDATION = -1  # the epoch of held-out samples, so that they never share a draw with training
+
+
+def held_out_micros(records: list[Record], plan: Plan, seed: int) -> list[Micro]:
+    """A micro-batch for each held-out sample, of the same crop, mask and noise each time."""
+    micros = []
+    for index, record in enumerate(records):
+        key = (seed, VALIDATION, index)
+        bucket = choose_bucket(record, plan, generator(*key, "resolution"))
+        micros.append(Micro(bucket, [index], [key], VALIDATION, index))
+    return micros
+
+
+def bucket_table(micros: list[Micro], plan: Plan) -> str:
     """The shapes of an epoch with their counts, for printing before training."""
     counts: dict[Bucket, list[int]] = {}
     for micro in micros:
         counts.setdefault(micro.bucket, []).append(len(micro.keys))
     lines = ["frames  height x width   tokens  samples  batches  samples a batch"]
     for bucket, sizes in sorted(counts.items()):
-        shape = f"{bucket.num_frames:6d}  {bucket.height:6d} x {bucket.width:<5d}  {bucket.tokens:7d}"
+        shape = (
+            f"{bucket.num_frames:6d}  {bucket.height:6d} x {bucket.width:<5d}  {tokens_of(bucket, plan):7d}"
+        )
         lines.append(f"{shape}  {sum(sizes):7d}  {len(sizes):7d}  {max(sizes):15d}")
     return "\n".join(lines)
 

@@ -57,7 +57,7 @@ def random_mask(
     if num_frames == 1:
         kind = "box" if chance(generator, 0.2) else "everything"
     else:
-        shares = torch.tensor(list(kinds.values()))
+        shares = torch.tensor(list(kinds.values()), dtype=torch.float32)
         kind = list(kinds)[int(torch.multinomial(shares, 1, generator=generator))]
     mask = _mask_of_kind(kind, generator, num_frames, height, width)
     return mask.expand(num_frames, height, width)

@@ -64,18 +64,24 @@ def check_side(name: str, size: int) -> None:
 
 
 def frames_for(
-    max_tokens: int, height: int, width: int, max_frames: int = 49, frames_per_token: int = 1
+    max_tokens: int,
+    height: int,
+    width: int,
+    max_frames: int = 49,
+    frames_per_token: int = 1,
+    num_padding: int = 0,
 ) -> int:
     """The frames, 4k+1, of a clip that fills a token budget: those of the nearest number of latent frames.
 
     13312 tokens are 49 frames at 512², 21 at 768², 9 at 1024². Nearest, so a budget may be passed by half a
     latent frame: up to a sixth at nine frames.
     frames_per_token: 2 for models that take latent frames in pairs; one frame alone stays one
+    num_padding: latent frames that are put in front of them, which the budget pays for
     """
     tokens_per_frame = (height // 16) * (width // 16)
     count = round(max_tokens / tokens_per_frame)
-    count = min(max(count, 1), latent_frames(max_frames))
-    count = count // frames_per_token * frames_per_token
+    count = min(max(count, 1), latent_frames(max_frames) + num_padding)
+    count = count // frames_per_token * frames_per_token - num_padding
     return video_frames(max(count, 1))
 
 

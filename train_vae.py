@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data import Micro, Plan, Sample, pixels_of
 from media import to_uint8
+from presets import Config, Phase
 from runtime import generator
 from vae import VideoVAE
 
@@ -41,10 +42,9 @@ def halved(x: Tensor) -> Tensor:
 
 
 class Reconstruction:
-    """What train.train asks of what learns; see train.Denoising for the other one."""
+    """What train.train asks of what learns; see train_dit.Denoising for the other one."""
 
-    def __init__(self, config, model_dir: Path, device: torch.device, dtype: torch.dtype):
-        """config: train.Config"""
+    def __init__(self, config: Config, model_dir: Path, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self.dtype = config, device, dtype
         self.vae = VideoVAE.from_pretrained(model_dir, torch.float32, device)
         self.vae.encoder.requires_grad_(not config.keep_encoder)
@@ -52,11 +52,11 @@ class Reconstruction:
         self.vae.config.scaling_factor = 1.0  # until it is measured, see `save`
         self.held_out: list[Tensor] = []
 
-    def plan(self, phase) -> Plan:
+    def plan(self, phase: Phase) -> Plan:
         batch_tokens = self.config.batch_size * phase.max_tokens
         return Plan(phase.resolutions, phase.max_tokens, batch_tokens, self.config.max_frames, masks={})
 
-    def begin(self, phase) -> dict[str, nn.Module]:
+    def begin(self, phase: Phase) -> dict[str, nn.Module]:
         return {"vae": self.vae}
 
     def encode(self, samples: list[Sample]) -> dict[str, Tensor]:

@@ -381,6 +381,17 @@ def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor | None, config:
     return mean * config.scaling_factor
 
 
+def sample_first_picture(mean: Tensor, logvar: Tensor, noise: Tensor, config: VAEConfig) -> Tensor:
+    """What an image-to-video model is shown: a sample of the picture's posterior, scaled its own way.
+
+    CogVideoX1.5 was trained with these latents divided by the scaling factor, all others multiplied.
+    """
+    latents = sample_posterior(mean, logvar, noise, config)
+    if config.invert_scale_latents:
+        latents = latents / config.scaling_factor**2
+    return latents
+
+
 class VideoVAE(nn.Module):
     """Pixels b 3 f h w in [-1, 1] <-> latents b 16 f' h' w', scaled already: no caller ever multiplies.
 
@@ -449,16 +460,9 @@ class VideoVAE(nn.Module):
         return self.posterior(mean, logvar, noise)
 
     def encode_first_picture(self, pixels: Tensor, noise: Tensor, tiled: bool = False) -> Tensor:
-        """What an image-to-video model is shown: a sample of the picture's posterior, scaled its own way.
-
-        pixels: b 3 1 h w in [-1, 1]    noise: b 16 1 h' w' -> b 16 1 h' w'
-        CogVideoX1.5 was trained with these latents divided by the scaling factor, all others multiplied.
-        """
+        """`sample_first_picture` of pixels b 3 1 h w in [-1, 1]; noise: b 16 1 h' w' -> b 16 1 h' w'."""
         mean, logvar = self.moments(pixels, tiled)
-        latents = self.posterior(mean, logvar, noise)
-        if self.config.invert_scale_latents:
-            latents = latents / self.config.scaling_factor**2
-        return latents
+        return sample_first_picture(mean, logvar, noise, self.config)
 
     def decode(self, latents: Tensor, tiled: bool = False, first_alone: bool = True) -> Tensor:
         """Scaled latents b 16 f' h' w' -> pixels b 3 f h w, about [-1, 1], not clamped.

@@ -13,6 +13,7 @@ from test_metadata import items, make_files
 
 import data
 import media
+import presets
 import shapes
 import train
 from runtime import generator
@@ -82,7 +83,7 @@ def test_an_epoch_holds_every_sample_once_in_batches_of_one_shape():
     indices = [[micro.indices for micro in micros] for micros in lists]
     assert indices[0] != indices[1]
     assert indices[0] != [micro.indices for micro in data.Epochs(records, plan, seed=4).micros(0)]
-    table = data.bucket_table(lists[0]).splitlines()
+    table = data.bucket_table(lists[0], PLAN).splitlines()
     assert sum(int(line.split()[5]) for line in table[1:]) == 100
     assert len(table) == 1 + len({micro.bucket for micro in lists[0]})
 
@@ -128,7 +129,7 @@ def test_what_a_cache_is_asked_for_is_all_that_the_steps_need(only_full, num_dra
 @pytest.mark.parametrize("num_draws, only_full", [(0, False), (2, True)])
 def test_a_resume_goes_on_with_the_next_micro_batch_across_an_epochs_end(num_draws, only_full):
     """From each place that train.Counters remembers the rest of the steps follows."""
-    phases = (train.TINY.phases[0],)
+    phases = (presets.TINY.phases[0],)
     whole = data.Epochs(mixed_records(30), mixed_plan(), 3, num_draws, only_full).steps(0, 0, size=3)
     steps = [next(whole) for _ in range(25)]
     assert any(micros[0].epoch < micros[-1].epoch for micros in steps)  # a step may lie in two epochs
@@ -145,13 +146,13 @@ def test_a_resume_where_an_epoch_ends_begins_the_next():
     epochs = data.Epochs(mixed_records(30), mixed_plan(), 3)
     length = len(epochs.micros(0))
     at = train.Counters()
-    at.advance(epochs.micros(0), (train.TINY.phases[0],))  # a step of just one epoch
+    at.advance(epochs.micros(0), (presets.TINY.phases[0],))  # a step of just one epoch
     assert (at.epoch, at.batch) == (0, length)
     assert next(epochs.steps(at.epoch, at.batch, size=2)) == epochs.micros(1)[:2]
 
 
 def test_a_phase_ends_with_its_last_step_and_the_next_begins_an_epoch():
-    phases = tuple(dataclasses.replace(train.TINY.phases[0], num_steps=2) for _ in range(2))
+    phases = tuple(dataclasses.replace(presets.TINY.phases[0], num_steps=2) for _ in range(2))
     steps = data.Epochs(mixed_records(), mixed_plan(), 3).steps(0, 0, size=2)
     at = train.Counters()
     at.advance(next(steps), phases)
@@ -250,7 +251,7 @@ def test_the_plan_says_which_masks_and_how_many_are_text_only():
 
 def test_drawn_clips_of_several_lengths_come_together_as_each_alone():
     clips = shapes.records(6, 0, sizes=[(32, 32)], num_frames=17) + shapes.records(6, 1, num_frames=9)
-    records = [train.shape_record(clip, "clip") for clip in clips]
+    records = [data.shape_record(clip) for clip in clips]
     order = torch.randperm(12).tolist()
     bucket = Bucket(5, 32, 48)
     samples = [data.load_sample(records[i], bucket, (0, 0, i), PLAN) for i in order]

@@ -13,8 +13,12 @@ import torch
 from conftest import GOLDENS, assert_close, expected
 from safetensors.torch import load_file
 
+import data
+import presets
 import shapes
+import sharding
 import train
+import train_dit
 import train_vae
 from checkpoint import newest_checkpoint
 from data import Micro, Plan, Record, Sample, load_sample, pixels_of
@@ -23,18 +27,13 @@ from lora import load_lora
 from media import write_video
 from sizes import Bucket
 from text_encoder import T5Encoder
-from train import (
-    denoising_losses,
-    learning_rate,
-    main,
-    make_config,
-    parse,
-    stratified_timesteps,
-)
+from train import learning_rate, main, make_config, parse, stratified_timesteps
+from train_dit import denoising_losses
 from transformer import VideoTransformer
 from vae import VideoVAE
 
 INPAINT, CONTROL, PLAIN = (GOLDENS / name for name in ("fun-2b-inp", "fun-2b-control", "cogvideox-2b-t2v"))
+IMAGE, IMAGE_15 = GOLDENS / "cogvideox-5b-i2v", GOLDENS / "cogvideox-1.5-5b-i2v"
 SMALL = "--resolutions 32 --max-tokens 8 --num-frames 5 --num-val 2 --num-previews 0 --batch-size 2".split()
 SMALL += "--grad-accum 2 --save-every 3 --dtype float32 --device cpu --preset tiny --lr 1e-3".split()
 FIELDS = {"num_shapes": 12, "warmup_steps": 1, "cached_draws": 0, "keep_on_device": "false"}
@@ -43,7 +42,7 @@ TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def argv(*options, model: Path = INPAINT, **fields) -> list[str]:
-    """fields: of train.Config, for --set"""
+    """fields: of presets.Config, for --set"""
     changes = [f"{name}={value}" for name, value in (FIELDS | fields).items()]
     return [*SMALL, "--model", str(model), "--set", *changes, *map(str, options)]
 
@@ -59,14 +58,14 @@ def entries(out: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
-def config_of(*options, model: Path = INPAINT, **fields) -> train.Config:
+def config_of(*options, model: Path = INPAINT, **fields) -> presets.Config:
     return make_config(parse(argv(*options, model=model, **fields)))
 
 
-def task_for(model: Path, dtype: torch.dtype = torch.float32, **fields) -> train.Denoising:
+def task_for(model: Path, dtype: torch.dtype = torch.float32, **fields) -> train_dit.Denoising:
     """At the start of its first phase, with a text encoder that learns."""
-    task = train.Denoising(config_of(model=model, **fields), model, torch.device("cpu"), dtype)
-    train.place(task.dit, torch.device("cpu"), dtype, replicate=False, offload=False)
+    task = train_dit.Denoising(config_of(model=model, **fields), model, torch.device("cpu"), dtype)
+    sharding.place(task.dit, torch.device("cpu"), dtype, replicate=False, offload=False)
     task.begin(task.config.phases[0])
     return task
 
@@ -76,7 +75,7 @@ def drawn(num: int = 3, **plan) -> tuple[list[Sample], Micro]:
     bucket, plan = Bucket(5, 32, 32), Plan((32,), 8, 8, **plan)
     keys = [(0, 0, index) for index in range(num)]
     clips = shapes.records(num, seed=0)
-    samples = [load_sample(train.shape_record(c, "clip"), bucket, key, plan) for c, key in zip(clips, keys)]
+    samples = [load_sample(data.shape_record(c), bucket, key, plan) for c, key in zip(clips, keys)]
     return samples, Micro(bucket, list(range(num)), keys, epoch=0, number=0)
 
 
@@ -141,6 +140,25 @@ def test_noise_is_a_function_of_the_micro_batch_alone():
     assert losses[0] != losses[2] != losses[3]
 
 
+@pytest.mark.parametrize("model", [INPAINT, PLAIN])
+def test_the_bands_of_a_large_clip_are_validated_in_turn(monkeypatch, model):
+    """To the same losses: 1e-5 of about 1 is the rounding of other sums."""
+    task = task_for(model)
+    samples, micro = drawn(1)
+    held_out = [(task.encode(samples), micro)]
+    together = task.validate(held_out)
+    seen, forward = [], VideoTransformer.forward
+
+    def watched(self, noisy, *inputs, **more):
+        seen.append(len(noisy))
+        return forward(self, noisy, *inputs, **more)
+
+    monkeypatch.setattr(VideoTransformer, "forward", watched)
+    monkeypatch.setattr(train_dit.sample, "SMALL_TOKENS", 1)
+    assert task.validate(held_out) == pytest.approx(together, rel=1e-5)
+    assert seen == [1] * 5
+
+
 def test_several_noises_of_one_clip_share_its_condition():
     task = task_for(INPAINT, noises_per_clip=3)
     samples, micro = drawn(2)
@@ -179,8 +197,8 @@ def test_the_ranks_and_the_order_of_micro_batches_do_not_change_a_step(tmp_path,
     options = ["--max-tokens", 4, "--batch-size", 1, "--grad-accum", 4, "--num-steps", 3]
     options += ["--data", clips, "--val-data", clips]
     assert run(tmp_path / "forwards", *options) == 0
-    steps = train.Epochs.steps
-    monkeypatch.setattr(train.Epochs, "steps", lambda *args: (micros[::-1] for micros in steps(*args)))
+    steps = data.Epochs.steps
+    monkeypatch.setattr(data.Epochs, "steps", lambda *args: (micros[::-1] for micros in steps(*args)))
     monkeypatch.setattr(train.Counters, "advance", advance_as_if_forwards)
     timesteps = stratified_timesteps
     monkeypatch.setattr(train, "stratified_timesteps", lambda *args: timesteps(*args).flip(0))
@@ -213,8 +231,8 @@ def test_samples_of_uneven_micro_batches_count_alike(tmp_path, monkeypatch):
         weight = next(self.dit.parameters()).sum()  # so that there is a gradient, of zero
         return 0 * weight + torch.tensor([float(index) for index in micro.indices])
 
-    monkeypatch.setattr(train.Denoising, "losses", index_of_each_sample)
-    monkeypatch.setattr(train.Denoising, "validate", lambda *_: {"val_loss": 1.0})
+    monkeypatch.setattr(train_dit.Denoising, "losses", index_of_each_sample)
+    monkeypatch.setattr(train_dit.Denoising, "validate", lambda *_: {"val_loss": 1.0})
     options = ["--batch-size", 3, "--grad-accum", 3, "--num-steps", 1]
     clips = one_shape(tmp_path)
     assert run(tmp_path / "out", *options, "--data", clips, "--val-data", clips) == 0
@@ -263,7 +281,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(whole, half):
     assert not list((half / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("moment", ["checkpoint.save_weights", "train.draw_curve", "checkpoint.publish"])
+@pytest.mark.parametrize("moment", ["checkpoint.save_weights", "log.draw_curve", "checkpoint.publish"])
 def test_a_kill_leaves_the_last_checkpoint_to_resume_from(whole, half, moment, monkeypatch):
     """In a save, before it and after it."""
 
@@ -309,6 +327,23 @@ def test_a_signal_saves_and_stops(whole, half, monkeypatch):
     assert_goes_on_as(whole, half)
 
 
+def test_what_a_run_leaves_can_be_rounded_and_its_checkpoint_goes_on_from_all_digits(tmp_path):
+    """All networks in OUT, for --set save_dtype; not the checkpoint, nor the files of --model."""
+    before = {path: path.read_bytes() for path in INPAINT.rglob("*.safetensors")}
+    assert run(tmp_path, "--num-steps", 1, save_dtype="bfloat16") == 0
+    kept = tmp_path / "checkpoints" / "step-000001"
+    for name in (TRANSFORMER, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        rounded, whole = load_file(tmp_path / name), load_file(kept / name)
+        assert all(torch.equal(tensor, whole[key].bfloat16()) for key, tensor in rounded.items())
+    assert run(tmp_path, "--num-steps", 2, "--resume", save_dtype="bfloat16") == 0
+    assert run(tmp_path / "whole", "--num-steps", 2) == 0
+    assert (
+        load_file(tmp_path / "whole" / TRANSFORMER)["proj_out.weight"].bfloat16().tolist()
+        == load_file(tmp_path / TRANSFORMER)["proj_out.weight"].tolist()
+    )
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_only_the_last_checkpoints_stay(tmp_path):
     assert run(tmp_path, "--num-steps", 3, "--save-every", 1, "--keep", 2) == 0
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
@@ -349,8 +384,8 @@ def test_other_settings_are_not_resumed_but_those_of_an_older_version_are(half, 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train, "denoising_losses", lambda *args: denoising_losses(*args) * float("nan"))
-    monkeypatch.setattr(train.Denoising, "validate", lambda *_: {"val_loss": 1.0})
+    monkeypatch.setattr(train_dit, "denoising_losses", lambda *args: denoising_losses(*args) * float("nan"))
+    monkeypatch.setattr(train_dit.Denoising, "validate", lambda *_: {"val_loss": 1.0})
     clips = one_shape(tmp_path)
     assert run(tmp_path / "out", "--num-steps", 2, "--data", clips, "--phase", 2) == 2
     message = capsys.readouterr().err
@@ -369,7 +404,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
         (["--lora-rank", 4, "--in-channels", 33], "--in-channels"),
         (["--train", "vae", "--cache-latents", "cache"], "--cache-latents"),
         (["--phase-steps", 1, 2, 3, 4, 5], "--phase-steps"),
-        (["--model", GOLDENS / "cogvideox-5b-i2v"], "image-to-video"),
+        (["--in-channels", 12, "--model", PLAIN], "less than"),
+        (["--in-channels", 33, "--model", IMAGE], "only a text model"),
+        (["--model", IMAGE], "clips alone"),
         (["--model", CONTROL], "control_file_path"),
         (["--set", "keep_encoder=true"], "keep_encoder"),
         (["--set", 'masks={"spiral": 1}'], "everything"),
@@ -397,7 +434,7 @@ def test_a_transformer_learns_one_clip_and_its_folder_samples(tmp_path):
     assert run(tmp_path / "out", *options, noises_per_clip=4) == 0
     losses = [line["val_loss"] for line in entries(tmp_path / "out") if "val_loss" in line]
     assert len(losses) == 2 and losses[-1] < 0.67 * losses[0]
-    assert all(f"val_loss_{t}" in entries(tmp_path / "out")[-1] for t in train.BANDS)
+    assert all(f"val_loss_{t}" in entries(tmp_path / "out")[-1] for t in train_dit.BANDS)
     for name in ("previews/step-000025-0.gif", "previews/step-000025-0.png", "loss.png", "model_index.json"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     models, size = train.sample.load_models(tmp_path / "out"), {"height": 32, "width": 32, "num_frames": 5}
@@ -481,10 +518,10 @@ def test_a_lora_file_says_what_the_run_validated(tmp_path):
     task = task_for(INPAINT)
     load_lora(task.dit, tmp_path / "lora.safetensors")
     task.begin(task.config.phases[2])  # LoRA learns beside a fixed text encoder
-    _, records, _ = train.open_data("shapes", None, 2, task.config)
+    records = data.draw_files(20, 2, 5, seed=0).held_out
     plan = task.plan(task.config.phases[0])
     held_out = []
-    for micro in train.held_out_micros(records, plan, 0):
+    for micro in data.held_out_micros(records, plan, 0):
         record = records[micro.indices[0]]
         held_out.append((task.encode([load_sample(record, micro.bucket, micro.keys[0], plan)]), micro))
     first, *_, last = (line["val_loss"] for line in entries(tmp_path) if "val_loss" in line)
@@ -496,23 +533,25 @@ def test_a_transformer_from_scratch_fits_the_text_encoder_it_is_given(tmp_path):
     assert run(tmp_path, "--from-scratch", "--num-steps", 1, **{"dit.num_layers": 1}) == 0
     dit = VideoTransformer.from_pretrained(tmp_path).config
     assert dit.text_embed_dim == T5Encoder.from_pretrained(INPAINT).config.d_model
-    assert dit.num_layers == 1 and dit.time_embed_dim == train.TINY.dit.time_embed_dim
+    assert dit.num_layers == 1 and dit.time_embed_dim == presets.TINY.dit.time_embed_dim
 
 
 # ---------------------------------------------------------------- models by channels
 
 
-def test_an_inpaint_run_grows_from_a_text_model_without_changing_what_it_says(tmp_path):
-    options = ["--num-steps", 1, "--in-channels", 33, "--lr", 0]
+@pytest.mark.parametrize("in_channels, kind", [(33, "Inpaint"), (32, "Control")])
+def test_a_run_grows_from_a_text_model_without_changing_what_it_says(tmp_path, in_channels, kind):
+    options = ["--num-steps", 1, "--in-channels", in_channels, "--lr", 0, "--data", with_controls(tmp_path)]
     assert run(tmp_path, *options, model=PLAIN) == 0
     grown, plain = VideoTransformer.from_pretrained(tmp_path), VideoTransformer.from_pretrained(PLAIN)
-    assert grown.config.in_channels == 33
-    assert "Fun_Pipeline_Inpaint" in (tmp_path / "model_index.json").read_text()
+    assert grown.config.in_channels == in_channels
+    assert f"Fun_Pipeline_{kind}" in (tmp_path / "model_index.json").read_text()
     grown.position = plain.position
     noisy = torch.randn(1, 16, 2, 4, 6)
     text = torch.randn(1, plain.config.max_text_seq_length, plain.config.text_embed_dim)
     with torch.no_grad():
-        ours = grown(noisy, torch.tensor([500]), text, torch.randn(1, 17, 2, 4, 6))
+        condition = torch.randn(1, in_channels - 16, 2, 4, 6)
+        ours = grown(noisy, torch.tensor([500]), text, condition)
         assert_close(ours, plain(noisy, torch.tensor([500]), text), 1e-5)
 
 
@@ -523,13 +562,19 @@ def test_a_run_with_another_position_rule_says_so_in_its_folder(tmp_path):
     assert VideoTransformer.from_pretrained(tmp_path / "on").position == "slice"
 
 
-def test_text_models_and_control_models_train(tmp_path):
-    assert run(tmp_path / "text", "--num-steps", 1, model=PLAIN) == 0
-    one_shape(tmp_path)
+def with_controls(folder: Path) -> Path:
+    """The clips of `one_shape`, each with another one as its control."""
+    one_shape(folder)
     names = [(f"clips/{i}.mp4", f"clips/{7 - i}.mp4") for i in range(8)]
     meta = [{"file_path": a, "control_file_path": b, "text": "a", "type": "video"} for a, b in names]
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    options = ["--num-steps", 1, "--data", tmp_path / "meta.json", "--num-previews", 1, "--preview-steps", 1]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder / "meta.json"
+
+
+def test_text_models_and_control_models_train(tmp_path):
+    assert run(tmp_path / "text", "--num-steps", 1, model=PLAIN) == 0
+    options = ["--num-steps", 1, "--data", with_controls(tmp_path)]
+    options += ["--num-previews", 1, "--preview-steps", 1]
     assert run(tmp_path / "control", *options, model=CONTROL) == 0
 
 
@@ -543,27 +588,159 @@ def test_control_pixels_are_the_condition():
     assert not torch.equal(batch["control"], batch["latents"])
 
 
+# ---------------------------------------------------------------- image-to-video
+
+
+@pytest.mark.parametrize("model", [IMAGE, IMAGE_15], ids=["5b", "1.5"])
+def test_an_image_model_learns_resumes_to_the_byte_and_loads_in_diffusers(tmp_path, model):
+    diffusers = pytest.importorskip("diffusers")
+    clips = one_shape(tmp_path)
+    options = ["--data", clips, "--val-data", clips, "--phase", 2, "--lr", 1e-2, "--max-tokens", 18]
+    options += ["--num-frames", 9, "--save-every", 4]
+    preview = ["--num-previews", 1, "--preview-steps", 1]
+    assert run(tmp_path / "whole", *options, *preview, "--num-steps", 4, model=model) == 0
+    assert run(tmp_path / "parts", *options, "--num-steps", 2, model=model) == 0
+    assert run(tmp_path / "parts", *options, "--num-steps", 4, "--resume", model=model) == 0
+    assert (tmp_path / "whole" / TRANSFORMER).read_bytes() == (tmp_path / "parts" / TRANSFORMER).read_bytes()
+    found = [line["val_loss"] for line in entries(tmp_path / "whole") if "val_loss" in line]
+    assert found[-1] < 0.95 * found[0]
+    assert (tmp_path / "whole" / "previews" / "step-000004-0.gif").exists()
+    ours = VideoTransformer.from_pretrained(tmp_path / "whole")
+    theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "whole" / "transformer")
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(weight, ours.get_parameter(name)) for name, weight in theirs.named_parameters())
+
+
+@pytest.mark.parametrize("model", [IMAGE, IMAGE_15], ids=["5b", "1.5"])
+def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkeypatch, model):
+    """But for the noise and the drop: the picture's latents, scaled alike, before zeros. CogVideoX1.5 has a
+    copy of the first latent frame in front of the clip, and the picture beside it."""
+    monkeypatch.setattr(train_dit, "draw_noise_sigma", lambda _: 0.0)
+    monkeypatch.setattr(train_dit, "PICTURE_DROP", 0.0)
+    monkeypatch.setattr(train_dit.Denoising, "normal", lambda self, shape, _: torch.zeros(tuple(shape)))
+    given = []
+
+    def watched(dit, schedule, latents, noise, timesteps, text, condition, motion):
+        given.extend([latents, condition])
+        return torch.zeros(len(latents))
+
+    monkeypatch.setattr(train_dit, "denoising_losses", watched)
+    task = task_for(model)
+    plan = Plan((32,), 100, 100)
+    [clip] = shapes.records(1, seed=0)
+    bucket = Bucket(9, 32, 48)
+    one = load_sample(data.shape_record(clip), bucket, (0, 0, 0), plan)
+    task.losses(task.encode([one]), Micro(bucket, [0], [(0, 0, 0)], 0, 0, torch.tensor([500])))
+    latents, condition = given
+
+    models = train.sample.load_models(model)
+    picture = train_dit.to_uint8(pixels_of([one], torch.device("cpu"))[0])[0]
+    request = train.sample.Request("a", image=picture, num_frames=9, height=32, width=48)
+    known = train.sample.read_inputs(request, models.config)
+    shown, _ = train.sample.encode_known(models, request, known, torch.zeros)
+    assert_close(condition, shown, 1e-6)
+    assert condition.shape == latents.shape
+    whole = task.encoders.vae.encode(pixels_of([one], torch.device("cpu")))
+    is_padded = model == IMAGE_15
+    assert latents.shape[2] == 3 + is_padded
+    assert_close(latents[:, :, is_padded:], whole, 1e-6)
+    assert_close(latents[:, :, :1], whole[:, :, :1], 1e-6)
+
+    monkeypatch.setattr(train_dit, "PICTURE_DROP", 1.0)
+    task.losses(task.encode([one]), Micro(bucket, [0], [(0, 0, 0)], 0, 0, torch.tensor([500])))
+    assert given[3].shape == condition.shape and not given[3].any()
+
+
+def test_an_image_models_picture_is_noisy_and_sometimes_dropped(monkeypatch):
+    """5 % of 1000 samples are 50, give or take 7; σ = exp(N(−3, ½)) has its median at exp(−3) = 0.05."""
+    seen = []
+
+    def moments(self, pixels, *_):
+        seen.append(pixels)
+        return [pixels.new_zeros(len(pixels), 16, 1, 4, 4)] * 2
+
+    monkeypatch.setattr(VideoVAE, "moments", moments)
+    task = task_for(IMAGE)
+    samples, _ = drawn(1)
+    samples = [samples[0]._replace(key=(0, 0, i)) for i in range(1000)]
+    zero = task.encoders.clips(samples)["zero"]
+    assert 25 < zero.sum() < 75
+    pixels, pictures = seen
+    sigmas = (pictures - pixels[:, :, :1]).flatten(1).std(dim=1)
+    assert pictures.shape[2] == 1
+    assert sigmas.median().item() == pytest.approx(0.05, rel=0.1)
+    assert sigmas.log().std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_budget_pays_for_the_copied_frame_of_cogvideox15():
+    """Of clips at 768×1360: 22 latent frames of 48 × 85 patches are made of 81 frames."""
+    task = task_for(IMAGE_15)
+    for budget, num_frames in ((22, 81), (21, 73), (13, 41), (2, 1), (1, 1)):
+        phase = replace(task.config.phases[1], resolutions=(32,), max_tokens=4 * budget)
+        plan = replace(task.plan(phase), max_frames=81)
+        bucket = data.bucket_at(replace(long_record(), size=(32, 32)), plan, 32)
+        assert bucket == (num_frames, 32, 32)
+        assert data.tokens_of(bucket, plan) <= 4 * budget
+
+
+def long_record() -> Record:
+    return Record("a long clip", lambda _: "", 1000, (32, 32), read=None)
+
+
+def test_learned_positions_fix_the_size_of_clips():
+    task = task_for(IMAGE)
+    plan = task.plan(task.config.phases[1])
+    assert data.bucket_at(long_record(), plan, 512)[1:] == (32, 48)
+
+
+def test_files_are_read_at_the_models_own_rate():
+    assert config_of(model=IMAGE_15).fps == 16
+    assert config_of(model=IMAGE).fps == config_of().fps == 8
+    assert config_of("--fps", 12, model=IMAGE_15).fps == 12
+
+
+def test_the_kinds_of_masks_can_be_chosen():
+    config = config_of("--masks", "after the start", "circle")
+    assert config.masks == {"after the start": 0.2, "circle": 0.05}
+    samples, _ = drawn(12, masks={"after the start": 1})
+    assert all(not one.mask[0].any() and one.mask[4].all() for one in samples)
+
+
+def test_motion_can_be_a_share_of_the_loss():
+    dit = VideoTransformer.from_pretrained(PLAIN)
+    schedule = Schedule.from_pretrained(PLAIN)
+    latents, noise = torch.randn(2, 2, 16, 3, 4, 6)
+    text = torch.randn(2, dit.config.max_text_seq_length, dit.config.text_embed_dim)
+    inputs = dit, schedule, latents, noise, torch.tensor([100, 900]), text, None
+    with torch.no_grad():
+        plain, both = denoising_losses(*inputs), denoising_losses(*inputs, motion_sub_loss=0.25)
+        noisy = schedule.add_noise(latents, noise, inputs[4])
+        error = dit(noisy, inputs[4], text) - schedule.velocity(latents, noise, inputs[4])
+    motion = (error[:, :, 1:] - error[:, :, :-1]).square().mean((1, 2, 3, 4))
+    assert_close(both, 0.75 * plain + 0.25 * motion, 1e-5)
+
+
 def test_presets_hold_the_reports_phases():
-    phases = train.PRESETS["fun-2b"]["dit"].phases
+    phases = presets.PRESETS["fun-2b"]["dit"].phases
     assert [phase.max_tokens for phase in phases] == [13312, 29952, 53248]
     assert [phase.global_batch for phase in phases] == [128, 256, 128]
     assert [phase.num_steps for phase in phases] == [7000, 6500, 5000]
     assert [phase.resolutions[0] for phase in phases] == [512, 768, 1024]
     assert all(size % 128 == 0 for phase in phases for size in phase.resolutions)
     assert {phase.resolutions[-1] for phase in phases} == {1280}
-    assert [phase.max_tokens for phase in train.TINY.phases[1:]] == [80, 180, 320]
+    assert [phase.max_tokens for phase in presets.TINY.phases[1:]] == [80, 180, 320]
 
 
 def test_half_the_clips_of_a_small_data_set_are_not_held_out(tmp_path):
     """Of eight files one is held out; a single file is trained on and looked at."""
-    records, held_out, failures = train.open_data(str(one_shape(tmp_path)), None, 16, train.TINY)
+    records, held_out, failures = data.open_files(str(one_shape(tmp_path)), None, 16, fps=8)
     assert len(records) == 7 and len(held_out) == 1 and not failures
     assert held_out[0].name not in [record.name for record in records]
 
 
 def test_shapes_on_trial_are_the_held_out_combinations():
-    records, held_out, _ = train.open_data("shapes", None, 30, config_of())
-    assert len(records) == 12 and len(held_out) == 30
+    records, held_out, _ = data.draw_files(20, 30, 5, seed=0)
+    assert len(records) == 20 and len(held_out) == 30
     seen = {record.caption(17) for record in records}
     assert not seen & {record.caption(17) for record in held_out}
     assert isinstance(records[0], Record) and {record.num_frames for record in records} == {1, 5}
@@ -589,7 +766,7 @@ def test_the_tiny_transformer_asks_for_its_vae_first(tmp_path, monkeypatch, caps
 
 def test_the_preset_knows_how_many_words_the_drawn_world_has():
     """By heart, since shapes.py may be deleted."""
-    assert train.TINY.t5.vocab_size == shapes.make_tokenizer().get_vocab_size()
+    assert presets.TINY.t5.vocab_size == shapes.make_tokenizer().get_vocab_size()
 
 
 def test_what_the_softmax_does_not_see_does_not_learn():

@@ -1,0 +1,357 @@
+"""Train the transformer: it learns to say the velocity of noisy latents, beside a frozen VAE and T5.
+
+    clips ─VAE─► posteriors ─sample─► latents ─noise at drawn timesteps─► noisy ┐
+    masked clip, control clip or first picture ─VAE─► condition ────────────────┼─► velocity ─► loss
+    captions ─T5─► text ────────────────────────────────────────────────────────┘
+
+What is shown beside the noisy latents follows from the kind of model, see transformer.model_kind. Encoding
+(`Encoders`) needs no transformer and the losses (`Denoising.losses`) no VAE, so a cache fits in between.
+Reference: CogVideoX-Fun scripts/train.py; for image models CogVideo's finetune/.
+Dimension key: b batch, c channels, f frames, h w height and width, L text tokens, d text width.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoint
+import data
+import sample
+from data import PICTURE_DROP, Key, Loader, Micro, Plan, Sample, load_sample, pixels_of
+from diffusion import Schedule
+from inpaint import add_reference_noise, draw_noise_sigma, encode_masked, join_condition
+from kinds import is_cogvideox15, max_num_frames, model_kind, native_size, num_padding
+from media import to_pixels, to_uint8
+from presets import Config, Phase
+from runtime import chance, generator
+from text_encoder import T5Encoder, Tokenizer
+from transformer import TransformerConfig, VideoTransformer, grow_input_channels
+from vae import VAEConfig, VideoVAE, sample_first_picture, sample_posterior
+
+Batch = dict[str, Tensor]  # a micro-batch as tensors, see Encoders and cache.py
+BANDS = (100, 300, 500, 700, 900)  # timesteps validated at: the middles of five bands
+LORA = "lora.safetensors"
+
+
+def denoising_losses(
+    dit: VideoTransformer,
+    schedule: Schedule,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    text: Tensor,
+    condition: Tensor | None,
+    motion_sub_loss: float = 0.0,
+) -> Tensor:
+    """Velocity MSE in fp32, one number a noise: mean (velocity − target)².
+
+    latents, noise: b 16 f h w    timesteps: b    text: b L d    condition: b c f h w or None    returns: b
+    motion_sub_loss: of the loss this share is the same of neighbouring frames' differences (VideoX-Fun: 0.25)
+    """
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    velocity = dit(noisy, timesteps, text, condition)
+    target = schedule.velocity(latents, noise, timesteps)
+    error = velocity.float() - target.float()
+    losses = error.square().mean((1, 2, 3, 4))
+    if motion_sub_loss and error.shape[2] > 2:
+        losses = losses.lerp(error.diff(dim=2).square().mean((1, 2, 3, 4)), motion_sub_loss)
+    return losses
+
+
+# ---------------------------------------------------------------- samples to tensors
+
+
+class Encoders:
+    """The frozen VAE and T5, each loaded when it is first asked and let go by `free`."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        config: TransformerConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        stream: bool = False,
+    ):
+        """config: of the transformer, which decides what it is shown
+        stream: T5's layers are read from the disk at each call, for a few large calls before training
+        """
+        self.model_dir, self.config, self.dtype, self.device = model_dir, config, dtype, device
+        self.stream = stream
+        self.kind = model_kind(config)
+        self.tokenizer = Tokenizer.from_pretrained(model_dir)
+
+    @functools.cached_property
+    def vae(self) -> VideoVAE:
+        vae = VideoVAE.from_pretrained(self.model_dir, self.dtype, self.device).requires_grad_(False)
+        with contextlib.suppress(ModuleNotFoundError):  # so that vae_fast.py can be deleted
+            import vae_fast
+
+            vae_fast.speed_up(vae)
+        return vae
+
+    @functools.cached_property
+    def t5(self) -> T5Encoder:
+        t5 = T5Encoder.from_pretrained(self.model_dir, self.dtype, self.device, stream=self.stream)
+        return t5.requires_grad_(False)
+
+    def loaded(self) -> dict[str, nn.Module]:
+        """Those in memory, under the names of sample.Models."""
+        names = {"vae": "vae", "t5": "text_encoder"}
+        return {theirs: vars(self)[ours] for ours, theirs in names.items() if ours in vars(self)}
+
+    def free(self) -> None:
+        for name in ("vae", "t5"):
+            vars(self).pop(name, None)
+
+    def ids(self, captions: list[str]) -> Tensor:
+        """b L"""
+        return self.tokenizer(captions, self.config.max_text_seq_length).to(self.device)
+
+    @torch.no_grad()
+    def texts(self, captions: list[str]) -> Tensor:
+        """b L d"""
+        return self.t5(self.ids(captions))
+
+    @torch.no_grad()
+    def clips(self, samples: list[Sample]) -> Batch:
+        """Samples of one shape: posteriors of the clips b 32 f' h' w', means and then log-variances, and what
+        the model is shown beside the noisy latents: the control clip's, the first picture's (b 32 1 h' w',
+        and zero b where it is dropped), or what `encode_masked` gives."""
+        pixels = pixels_of(samples, self.device)
+        batch = {"latents": torch.cat(self.vae.moments(pixels), dim=1)}
+        if self.kind == "control":
+            control = to_pixels(torch.stack([one.control for one in samples]).to(self.device))
+            batch["control"] = torch.cat(self.vae.moments(control), dim=1)
+        if self.kind == "image":
+            first = [self.blurred(p, one.key) for p, one in zip(pixels[:, :, :1], samples)]
+            batch["picture"] = torch.cat(self.vae.moments(torch.stack(first)), dim=1)
+            zero = [chance(generator(*one.key, "picture"), PICTURE_DROP) for one in samples]
+            batch["zero"] = torch.tensor(zero, device=self.device)
+        if self.kind == "inpaint":
+            if self.config.add_noise_in_inpaint_model:
+                pixels = torch.stack([self.blurred(p, one.key) for p, one in zip(pixels, samples)])
+            mask = torch.stack([one.mask for one in samples])[:, None].to(self.device)
+            zero = torch.tensor([one.zero_if_all_masked for one in samples], device=self.device)
+            batch |= encode_masked(self.vae, pixels, mask, zero)
+        return batch
+
+    def blurred(self, pixels: Tensor, key: Key) -> Tensor:
+        """A sample's pixels with the noise that image models, Fun V1.1 and V1.5 see on what is known."""
+        draws = generator(*key, "reference noise", device=self.device)
+        noise = torch.randn(pixels.shape, generator=draws, device=self.device)
+        sigma = draw_noise_sigma(generator(*key, "reference sigma"))
+        if self.kind == "image":  # to which black is no sign
+            return pixels + sigma * noise
+        return add_reference_noise(pixels, sigma, noise)
+
+
+# ---------------------------------------------------------------- what learns
+
+
+class Denoising:
+    """The transformer, and in some phases the text encoder, learn; the VAE is fixed."""
+
+    def __init__(self, config: Config, model_dir: Path, device: torch.device, dtype: torch.dtype):
+        self.config, self.model_dir, self.device, self.dtype = config, model_dir, device, dtype
+        self.dit = VideoTransformer.from_pretrained(model_dir, dtype=None)
+        self.kind = model_kind(self.dit.config)
+        if config.in_channels not in (None, self.dit.config.in_channels):
+            if self.kind != "text":
+                raise ValueError(f"{model_dir} is of kind {self.kind}; only a text model of 16 channels is "
+                                 "grown by --in-channels")  # fmt: skip
+            grow_input_channels(self.dit, config.in_channels)
+            self.kind = model_kind(self.dit.config)
+        if config.lora_rank:
+            from lora import add_lora  # here and in `save` only: without the file all else still works
+
+            torch.manual_seed(config.seed)  # where its matrices start
+            add_lora(self.dit, config.lora_rank, config.lora_alpha)
+        if config.position:
+            if not self.dit.position:
+                raise ValueError(f"position={config.position}: this model has rotary positions")
+            self.dit.config.extra["position"] = self.dit.position = config.position
+        if not self.dit.config.use_rotary_positional_embeddings:
+            # What all k have in common the softmax does not see: its gradient is nothing but rounding, which
+            # AdamW would enlarge to whole steps, other ones with each number of ranks.
+            for block in self.dit.transformer_blocks:
+                block.attn1.norm_k.bias.requires_grad_(False)
+        vae_dir = checkpoint.component_dir(model_dir, "vae")
+        self.vae_config = checkpoint.read_config(VAEConfig, vae_dir / "config.json")
+        self.schedule = Schedule.from_pretrained(model_dir)
+        stream = bool(config.cached_draws)
+        self.encoders = Encoders(model_dir, self.dit.config, dtype, device, stream)
+        self.t5 = None  # where it learns
+
+    def plan(self, phase: Phase) -> Plan:
+        """What a phase asks of the data."""
+        dit = self.dit.config
+        max_frames = 1 if phase.pictures else self.config.max_frames
+        if self.dit.position == "interpolate":  # a table of positions has an end
+            max_frames = min(max_frames, max_num_frames(dit))
+        return Plan(
+            resolutions=phase.resolutions,
+            max_tokens=phase.max_tokens,
+            batch_tokens=self.config.batch_size * phase.max_tokens,
+            max_frames=max_frames,
+            frames_per_token=dit.patch_size_t or 1,
+            num_padding=int(is_cogvideox15(dit)),
+            size=native_size(dit)[:2] if dit.use_learned_positional_embeddings else None,
+            masks=self.config.masks,
+            text_only=self.config.text_only,
+        )
+
+    def begin(self, phase: Phase) -> dict[str, nn.Module]:
+        """What learns in a phase, by component."""
+        self.encoders.free()  # T5 may have become another in the last one; it is read anew
+        if not phase.train_text:
+            self.t5 = None
+            return {"transformer": self.dit}
+        if self.t5 is None:
+            self.t5 = T5Encoder.from_pretrained(self.model_dir, torch.float32, self.device)
+        return {"transformer": self.dit, "text_encoder": self.t5}
+
+    def encode_texts(self, captions: list[str]) -> Tensor:
+        return self.encoders.ids(captions) if self.t5 else self.encoders.texts(captions)
+
+    def encode(self, samples: list[Sample]) -> Batch:
+        """A micro-batch as tensors, where no cache keeps them."""
+        return self.encoders.clips(samples) | {"text": self.encode_texts([one.caption for one in samples])}
+
+    def losses(self, batch: Batch, micro: Micro) -> Tensor:
+        """One loss for each timestep of the micro-batch: noises_per_clip of them for each sample."""
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        draws = generator(self.config.seed, micro.epoch, micro.number, "noise", device=self.device)
+        timesteps = micro.timesteps.to(self.device, non_blocking=True)
+        latents = self.sampled(batch["latents"], draws)
+        num_copies = num_padding(self.dit.config, latents.shape[2])  # of the first frame, in front
+        latents = torch.cat([latents[:, :, :num_copies], latents], dim=2)
+        condition = self.condition(batch, latents.shape[2], draws)
+        text = self.text(batch)
+        repeats = len(timesteps) // len(latents)
+        if repeats > 1:
+            latents, text = latents.repeat_interleave(repeats, 0), text.repeat_interleave(repeats, 0)
+            condition = None if condition is None else condition.repeat_interleave(repeats, 0)
+        noise = self.normal(latents.shape, draws)
+        inputs = latents, noise, timesteps, text, condition
+        dit = self.dit if torch.is_grad_enabled() else self.in_turn
+        with self.autocast():
+            return denoising_losses(dit, self.schedule, *inputs, self.config.motion_sub_loss)
+
+    def in_turn(self, noisy: Tensor, timesteps: Tensor, text: Tensor, condition: Tensor | None) -> Tensor:
+        """The transformer's velocities; large clips one by one, as the bands of validation take more memory
+        together than a step does."""
+        size = len(noisy) if noisy[0, 0].numel() <= 4 * sample.SMALL_TOKENS else 1
+        velocities = []
+        for i in range(0, len(noisy), size):
+            rows = slice(i, i + size)
+            told = None if condition is None else condition[rows]
+            velocities.append(self.dit(noisy[rows], timesteps[rows], text[rows], told))
+        return torch.cat(velocities)
+
+    def condition(self, batch: Batch, num_frames: int, draws: torch.Generator) -> Tensor | None:
+        """What the model is shown beside num_frames noisy latent frames: b c f' h' w', fp32."""
+        if self.kind == "control":
+            return self.sampled(batch["control"], draws)
+        if self.kind == "inpaint":
+            shown = {name: batch[name] for name in ("masked", "known", "zero")}
+            noise = self.normal(shown["masked"].chunk(2, dim=1)[0].shape, draws)
+            return join_condition(**shown, noise=noise, config=self.vae_config).float()
+        if self.kind == "image":
+            mean, logvar = batch["picture"].chunk(2, dim=1)
+            noise = self.normal(mean.shape, draws)
+            picture = sample_first_picture(mean, logvar, noise, self.vae_config).float()
+            picture = picture * ~batch["zero"][:, None, None, None, None]
+            return F.pad(picture, (0, 0, 0, 0, 0, num_frames - 1))  # zeros in all other frames
+        return None
+
+    def text(self, batch: Batch) -> Tensor:
+        """b L d, fp32, of what the batch holds: that, or ids where T5 learns; each caption once or often."""
+        text = batch["text"]
+        if not text.is_floating_point():
+            with self.autocast():
+                text = self.t5(text)
+        if "text_row" in batch:
+            text = text[batch["text_row"]]
+        return text.float()
+
+    def sampled(self, moments: Tensor, draws: torch.Generator) -> Tensor:
+        """Scaled latents b 16 f' h' w', fp32, from means and log-variances b 32 f' h' w'."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return sample_posterior(mean, logvar, self.normal(mean.shape, draws), self.vae_config).float()
+
+    def normal(self, shape: Iterable[int], draws: torch.Generator) -> Tensor:
+        return torch.randn(tuple(shape), generator=draws, device=self.device)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @torch.no_grad()
+    def validate(self, held_out: list[tuple[Batch, Micro]]) -> dict[str, float]:
+        """Loss on held-out samples at fixed timesteps and noise, in all and in each band of timesteps."""
+        timesteps = torch.tensor(BANDS)
+        losses = [self.losses(batch, replace(micro, timesteps=timesteps)) for batch, micro in held_out]
+        bands = torch.stack(losses).mean(0).tolist()
+        return {"val_loss": sum(bands) / len(bands)} | {f"val_loss_{t}": b for t, b in zip(BANDS, bands)}
+
+    def preview(self, shown: Sample, num_steps: int):
+        """A video from the caption (and control, or first picture) of a sample, uint8 f h w 3."""
+        models = sample.load_models(self.model_dir, self.dtype, self.device)
+        models.config = self.dit.config
+        models.loaded = {
+            "transformer": self.dit
+        } | self.encoders.loaded()  # what else is needed comes and goes
+        if self.t5:
+            models.loaded["text_encoder"] = self.t5
+        f, height, width = shown.mask.shape
+        settings = {"num_frames": f, "height": height, "width": width, "num_steps": num_steps, "seed": 0}
+        if self.kind == "control":
+            settings["control_video"] = shown.control.numpy()
+        if self.kind == "image":
+            settings["image"] = to_uint8(pixels_of([shown], torch.device("cpu"))[0])[0]
+        with self.autocast():
+            return sample.generate(models, shown.caption, **settings)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """What learnt, with the transformer's gathered `state`; all else stays the files it was."""
+        if self.config.lora_rank:
+            from lora import save_lora
+
+            save_lora(self.dit, folder / LORA, state)
+        else:
+            self.dit.save_pretrained(folder, state=state)
+        if self.t5:
+            self.t5.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------- what is encoded once
+
+
+def make_cache(
+    config: Config, folder: Path | None, digests: list[str], task: Denoising, loader: Loader, plan: Plan
+):
+    """Where encoded samples are kept: `folder`, with the digests of the records' contents; or the device."""
+    from cache import DeviceCache, DiskCache, files_digest  # so that it can be deleted
+
+    read = functools.partial(load_sample, plan=plan)
+    encoding = loader, read, task.encoders.clips, task.encode_texts
+    if folder is None:
+        return DeviceCache(*encoding, device=task.device)
+    weights = {name: files_digest(task.model_dir / name) for name in ("vae", "text_encoder", "tokenizer")}
+    dit = task.dit.config
+    text_settings = (weights["tokenizer"], dit.max_text_seq_length)
+    if not task.t5:  # while it learns, ids are all there is to keep
+        text_settings += (weights["text_encoder"], str(task.dtype))
+    shown = (task.kind, dit.add_noise_in_inpaint_model, config.masks, plan.text_only, data.TEXT_ONLY)
+    return DiskCache(
+        *encoding,
+        folder=folder,
+        settings=(weights["vae"], str(task.dtype), config.fps, *shown),
+        text_settings=text_settings,
+        digests=digests,
+    )
