@@ -230,7 +230,7 @@ def _listed_steps(schedule: Schedule, timesteps: Tensor) -> list[Step]:
     """Steps that end at the next timestep of the list, the last at ā = 1.
 
     ā(999) = 0 would be an infinite σ; 2⁻²⁴, the smallest float16, makes it 4096, as in the reference. So the
-    first step of `dpmpp` has a finite length, which means nothing, and the second extrapolates by it. A new
+    first step of "dpm++" has a finite length, which means nothing, and the second extrapolates by it. A new
     sampler of second order had better begin with two steps of first order.
     """
     table = schedule.alphas_cumprod.clone()
@@ -259,49 +259,39 @@ def _log_snr(a: Tensor) -> Tensor:
     return (a / (1 - a)).sqrt().log()
 
 
-def _extrapolate(
-    x0: Tensor, x0_old: Tensor | None, a_old: Tensor | None, a: Tensor, a_next: Tensor
-) -> Tensor:
-    """D = x0 + (x0 − x0_old)/2r, r the ratio of the last step in λ to this one   (arXiv 2211.01095, Alg. 2).
-
-    First order, D = x0, without a past estimate and for the infinite step to clean.
-    """
-    if x0_old is None or a_next == 1:
-        return x0
-    r = (_log_snr(a) - _log_snr(a_old)) / (_log_snr(a_next) - _log_snr(a))
-    return x0 + (x0 - x0_old) / (2 * r)
-
-
-def dpm_cog(
-    denoise: Net, x: Tensor, schedule: Schedule, timesteps: Tensor, randn: Draw, num_steps: int | None = None
+def dpm(
+    denoise: Net,
+    x: Tensor,
+    schedule: Schedule,
+    timesteps: Tensor,
+    randn: Draw,
+    num_steps: int | None = None,
+    sde: bool = False,
 ) -> Iterator[Tensor]:
-    """SDE-DPM-Solver++(2M)   (Lu et al. 2022, arXiv 2211.01095, sec. 5; CogVideoXDPMScheduler).
+    """DPM-Solver++(2M)   (Lu et al. 2022, arXiv 2211.01095, Alg. 2; DPMSolverMultistepScheduler).
 
-    One draw a step, even where it is multiplied by zero. (The reference draws twice in most and drops one.)
+    sde: SDE-DPM-Solver++(2M), sec. 5, as in CogVideoXDPMScheduler, with one draw a step, even where it is
+    multiplied by zero. (The reference draws twice in most and drops one.)
     """
-    x0_old = a_old = None
-    for t, a, a_next in _strided_steps(schedule, timesteps, num_steps):
+    steps = _strided_steps(schedule, timesteps, num_steps) if sde else _listed_steps(schedule, timesteps)
+    x0_old = level_old = None
+    for t, a, a_next in steps:
         x0 = _x0(x, denoise(x, t), a)
-        target = _extrapolate(x0, x0_old, a_old, a, a_next)
-        h = _log_snr(a_next) - _log_snr(a)
-        keep = ((1 - a_next) / (1 - a)) ** 0.5 * (-h).exp()
-        fresh = ((1 - a_next) * -(-2 * h).expm1()) ** 0.5
-        x = (keep * x - a_next**0.5 * (-2 * h).expm1() * target + fresh * randn()).to(x.dtype)
-        x0_old, a_old = x0, a
-        yield x
-
-
-def dpmpp(
-    denoise: Net, x: Tensor, schedule: Schedule, timesteps: Tensor, randn: Draw, num_steps: int | None = None
-) -> Iterator[Tensor]:
-    """DPM-Solver++(2M)   (Lu et al. 2022, arXiv 2211.01095, Alg. 2; DPMSolverMultistepScheduler)."""
-    x0_old = a_old = None
-    for t, a, a_next in _listed_steps(schedule, timesteps):
-        x0 = _x0(x, denoise(x, t), a)
-        target = _extrapolate(x0, x0_old, a_old, a, a_next)
-        h = _log_snr(a_next) - _log_snr(a)
-        x = (((1 - a_next) / (1 - a)) ** 0.5 * x - a_next**0.5 * (-h).expm1() * target).to(x.dtype)
-        x0_old, a_old = x0, a
+        level = _log_snr(a)
+        h = _log_snr(a_next) - level
+        target = x0
+        if x0_old is not None and a_next != 1:  # else of first order: no past, or infinite, to clean
+            r = (level - level_old) / h
+            target = x0 + (x0 - x0_old) / (2 * r)
+        keep = ((1 - a_next) / (1 - a)) ** 0.5
+        if sde:
+            fresh = ((1 - a_next) * -(-2 * h).expm1()) ** 0.5
+            mixed = keep * (-h).exp() * x - a_next**0.5 * (-2 * h).expm1() * target + fresh * randn()
+        else:
+            mixed = keep * x - a_next**0.5 * (-h).expm1() * target
+        x = mixed.to(x.dtype)
+        x0_old = x0
+        level_old = level
         yield x
 
 
@@ -340,8 +330,8 @@ def euler(
 SAMPLERS: dict[str, Callable[..., Iterator[Tensor]]] = {
     "ddim": ddim,
     "ddim-cog": ddim,  # the two differ only in the table of the schedule they are given
-    "dpm-cog": dpm_cog,
+    "dpm-cog": partial(dpm, sde=True),
     "euler": euler,
     "euler-a": partial(euler, ancestral=True),
-    "dpm++": dpmpp,
+    "dpm++": dpm,
 }
