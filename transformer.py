@@ -15,7 +15,6 @@ b batch · f frames · h w height, width · c channels · n video tokens · L te
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -142,9 +141,10 @@ class PatchEmbed(nn.Module):
             num_tokens = config.max_text_seq_length + frames * rows * cols
             self.register_buffer("pos_embedding", torch.zeros(1, num_tokens, config.dim))
 
-    def forward(self, latents: Tensor) -> Tensor:  # b c f h w -> b n d
+    def forward(self, latents: Tensor, text: Tensor) -> Tensor:  # b c f h w, b L text_embed_dim -> b L+n d
         # A convolution whose stride is its kernel is a linear layer on patches: one path for both layouts.
-        return F.linear(patchify(latents, *self.patch), self.proj.weight.flatten(1), self.proj.bias)
+        video = F.linear(patchify(latents, *self.patch), self.proj.weight.flatten(1), self.proj.bias)
+        return torch.cat([self.text_proj(text), video], dim=1)
 
 
 class TimestepEmbedding(nn.Module):
@@ -277,14 +277,14 @@ ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-CHECKPOINTING = {  # what is kept of a block, to compute the rest once more in the backward pass
-    "full": {},  # its input
-    "attention": {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)},  # also
+CHECKPOINTING = {  # what is kept of a block beside its input; the backward pass computes the rest once more
+    "full": {},
+    "attention": {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)},
 }
 
 
 def run_blocks(
-    blocks: Iterable[Block],
+    blocks: nn.ModuleList,
     tokens: Tensor,
     temb: Tensor,
     rope: Rope | None,
@@ -335,9 +335,11 @@ class VideoTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight.detach().flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        norms = [norm for block in self.transformer_blocks for norm in (block.norm1, block.norm2)]
-        for layer in [*(norm.linear for norm in norms), self.norm_out.linear, self.proj_out]:
-            nn.init.zeros_(layer.weight)
+        for block in self.transformer_blocks:
+            nn.init.zeros_(block.norm1.linear.weight)
+            nn.init.zeros_(block.norm2.linear.weight)
+        nn.init.zeros_(self.norm_out.linear.weight)
+        nn.init.zeros_(self.proj_out.weight)
         if self.config.use_learned_positional_embeddings and not self.proj_out.weight.is_meta:
             table = self._sincos(self.config.native_grid, self.config.max_text_seq_length)
             self.patch_embed.pos_embedding.copy_(table)
@@ -357,17 +359,16 @@ class VideoTransformer(nn.Module):
         latents = F.pad(latents, (0, 0, 0, 0, 0, -f % p_t))  # V1.5: a lone frame gets a zero frame beside it
         grid = (latents.shape[2] // p_t, h // p, w // p)
 
-        text = self.patch_embed.text_proj(text)
         num_text = text.shape[1]
-        tokens = torch.cat([text, self.patch_embed(latents)], dim=1)  # b L+n d
+        tokens = self.patch_embed(latents, text)
         added, rope = self._positions(grid, num_text, noisy.device)
         if added is not None:
             tokens = tokens + added.to(tokens.dtype)
 
         timesteps = torch.as_tensor(timesteps, device=noisy.device).expand(len(noisy))
         temb = self.time_vector(timesteps, noisy.dtype)
-        kept = self.activation_checkpointing if torch.is_grad_enabled() else None
-        tokens = self.run_blocks(self.transformer_blocks, tokens, temb, rope, num_text, kept)
+        checkpointing = self.activation_checkpointing if torch.is_grad_enabled() else None
+        tokens = self.run_blocks(self.transformer_blocks, tokens, temb, rope, num_text, checkpointing)
 
         video = self.norm_out(self.norm_final(tokens[:, num_text:]), temb)
         return unpatchify(self.proj_out(video), grid, p_t, p)[:, :, :f]
