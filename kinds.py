@@ -87,7 +87,11 @@ def choose_size(
     if source is None or config.use_learned_positional_embeddings:  # learned positions fit one size only
         return height or native_height, width or native_width
     aspect = source[0] / source[1]
-    exact = height or (width * aspect if width else math.sqrt(native_height * native_width * aspect))
+    exact = math.sqrt(native_height * native_width * aspect)  # the height
+    if width:
+        exact = width * aspect
+    if height:
+        exact = height
     return height or near_side(exact), width or near_side(exact / aspect)
 
 

@@ -327,10 +327,8 @@ def load_latents(path: Path) -> tuple[Tensor, dict]:
 
 def make_record(models: Models, request: Request, num_frames: int, height: int, width: int) -> dict:
     """Everything needed to make a video again: the request, its sizes, the models."""
-    record = {field.name: getattr(request, field.name) for field in fields(request)}
-    for name in ("latents", "randn"):
-        del record[name]
-    return record | {
+    names = [field.name for field in fields(request) if field.name not in ("latents", "randn")]
+    return {name: getattr(request, name) for name in names} | {
         "num_frames": num_frames,
         "height": height,
         "width": width,
@@ -383,7 +381,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="sample.py", description=description, allow_abbrev=False)
 
     def add(flag: str, text: str, **settings) -> None:
-        default = getattr(Request, flag.strip("-").replace("-", "_"), None)
+        default = settings.get("default") or getattr(Request, flag.strip("-").replace("-", "_"), None)
         if default and default is not True:
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             text += f" (default {shown})"
@@ -418,7 +416,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", "such as cuda, cuda:1, mps, cpu; default: the best there is")
     add("--low-memory", "transformer weights as float8: half the memory, other numbers", action="store_true")
     add("--compile", "torch.compile the transformer: slow to start, faster steps", action="store_true")
-    add("--out", ".mp4, .gif, .png (a strip of frames), or a folder for NNNN.mp4; default: outputs")
+    add("--out", ".mp4, .gif, .png (a strip of frames), or a folder for NNNN.mp4", default="outputs")
     add("--from-latents", "only decode latents saved by an earlier run", metavar="FILE")
     add("--quiet", "print nothing but errors", action="store_true")
     args = parser.parse_args(argv)
@@ -476,11 +474,11 @@ def deal(models: Models, items: list) -> list:
 Video = tuple[Path, Iterator[np.ndarray], dict]  # where it goes, uint8 f h w 3 in chunks, its record
 
 
-def make_videos(models: Models, args: argparse.Namespace, settings: dict, say: Callable) -> Iterator[Video]:
+def make_videos(models: Models, args: argparse.Namespace, settings: dict, tell: Callable) -> Iterator[Video]:
     """All are sampled and their latents saved before the first is decoded: a kill then loses nothing."""
     requests = make_requests(models, args, settings)
     known = read_inputs(requests[0], models.config)
-    say(describe(models, requests, known))
+    tell(describe(models, requests, known))
     suffix = ".png" if known.num_frames == 1 else ".mp4"
     paths = agree(output_paths(Path(args.out), len(requests), suffix))
     requests = deal(models, requests)
@@ -496,7 +494,7 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, say: C
             yield path, decode(models, latents, record["tiled"]), record
 
 
-def decode_again(args: argparse.Namespace) -> tuple[Models, Iterator[Video]]:
+def decode_again(args: argparse.Namespace) -> tuple[Models, list[Video]]:
     """From latents that were saved, with the model, dtype and fps of then unless others are given."""
     latents, record = load_latents(Path(args.from_latents))
     args.model = args.model or record.get("model")
@@ -510,7 +508,7 @@ def decode_again(args: argparse.Namespace) -> tuple[Models, Iterator[Video]]:
     tiled = args.tiled or record.get("tiled", False)
     suffix = ".png" if latents.shape[2] == 1 else ".mp4"
     [path] = output_paths(Path(args.out), 1, suffix)
-    return models, iter([(path, decode(models, latents, tiled), record)])
+    return models, [(path, decode(models, latents, tiled), record)]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -520,11 +518,11 @@ def run(args: argparse.Namespace) -> None:
         if not args.quiet:
             say(text)
 
-    args.out = args.out or "outputs"
+    check_out(
+        Path(args.out), [args.end_image, args.video, args.mask, args.control_video, *(args.image or [])]
+    )
     settings = asked(args)
     settings.pop("seed", None)  # there may be several
-    inputs = [args.end_image, args.video, args.mask, args.control_video, *(args.image or [])]
-    check_out(Path(args.out), inputs)
     if args.from_latents:
         models, videos = decode_again(args)
     else:
