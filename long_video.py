@@ -22,8 +22,7 @@ from torch import Tensor
 import sample
 from kinds import native_size
 from media import Picture, read_image, resize
-from request import Request, complete, read_inputs
-from runtime import agree
+from request import Request, complete
 from sample import Models, Video
 from sizes import check_frames
 
@@ -134,19 +133,15 @@ def make_long_videos(
     """In place of `sample.make_videos`: each is written while it is made."""
     models.keep = True  # every segment needs all networks
     num_frames = settings.pop("num_frames")
-    count = len(args.prompt) * len(args.seed or [0])
-    paths = agree(sample.output_paths(Path(args.out), count, ".mp4"))
-    if args.seed is None and segment_file(paths[0], 0).is_file():
-        _, record = sample.load_latents(segment_file(paths[0], 0))
-        args.seed = [record.get("seed", 0)]
-    requests = sample.make_requests(models, args, settings)
+    if args.seed is None:  # a run that was broken off goes on with its own
+        first, *_ = sample.output_paths(Path(args.out), len(args.prompt), ".mp4")
+        if segment_file(first, 0).is_file():
+            _, record = sample.load_latents(segment_file(first, 0))
+            args.seed = [record.get("seed", 0)]
+    _, work = sample.prepare(models, args, settings, tell)
     overlaps = segments(num_frames, native_size(models.config)[2])
-    tell(sample.describe(models, requests, read_inputs(requests[0], models.config)))
-    seeds = [request.seed for request in requests]
-    tell(
-        f"{num_frames} frames in segments that have {overlaps[1:]} in common with those before; seeds {seeds}"
-    )
-    for request, path in sample.deal(models, list(zip(requests, paths))):
+    tell(f"{num_frames} frames in segments that have {overlaps[1:]} in common with those before")
+    for request, path in work:
         settings["seed"] = request.seed
         chunks = generate_long(models, request.prompt, num_frames, path, **settings)
         if not models.writes:

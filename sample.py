@@ -382,12 +382,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     def add(flag: str, text: str, **settings) -> None:
         default = settings.get("default") or getattr(Request, flag.strip("-").replace("-", "_"), None)
-        if default and default is not True:
+        if default:
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             text += f" (default {shown})"
         parser.add_argument(flag, help=text, **settings)
 
-    switch = {"action": "store_const", "const": True}
+    switch = {"action": "store_true", "default": None}
     hub_id = "alibaba-pai/CogVideoX-Fun-V1.1-2b-InP"
     add("prompt", "what to show; several prompts make several videos", nargs="*")
     add("--model", f"checkpoint folder, or a hub id such as {hub_id}; default: checkpoints/tiny")
@@ -458,33 +458,33 @@ def open_models(args: argparse.Namespace) -> Models:
     return models
 
 
-def make_requests(models: Models, args: argparse.Namespace, settings: dict) -> list[Request]:
-    """One for each prompt and seed."""
-    seeds = args.seed or [agree(int.from_bytes(os.urandom(4)))]
-    pairs = itertools.product(args.prompt, seeds)
-    return [complete(Request(prompt, seed=seed, **settings), models) for prompt, seed in pairs]
-
-
-def deal(models: Models, items: list) -> list:
-    """Those of this process; or all, if there are fewer than processes: then all of them work on each."""
-    models.on_all_ranks = len(items) < NUM_RANKS
-    return items if models.on_all_ranks else items[RANK::NUM_RANKS]
-
-
 Video = tuple[Path, Iterator[np.ndarray], dict]  # where it goes, uint8 f h w 3 in chunks, its record
 
 
-def make_videos(models: Models, args: argparse.Namespace, settings: dict, tell: Callable) -> Iterator[Video]:
-    """All are sampled and their latents saved before the first is decoded: a kill then loses nothing."""
-    requests = make_requests(models, args, settings)
+def prepare(
+    models: Models, args: argparse.Namespace, settings: dict, tell: Callable
+) -> tuple[Known, list[tuple[Request, Path]]]:
+    """What the files hold; and a request, and where its video goes, for each prompt and seed.
+
+    Of all requests those of this process; or all, if there are fewer than processes, which then share each.
+    """
+    seeds = args.seed or [agree(int.from_bytes(os.urandom(4)))]
+    pairs = itertools.product(args.prompt, seeds)
+    requests = [complete(Request(prompt, seed=seed, **settings), models) for prompt, seed in pairs]
     known = read_inputs(requests[0], models.config)
     tell(describe(models, requests, known))
     suffix = ".png" if known.num_frames == 1 else ".mp4"
     paths = agree(output_paths(Path(args.out), len(requests), suffix))
-    requests = deal(models, requests)
-    paths = deal(models, paths)
+    work = list(zip(requests, paths))
+    models.on_all_ranks = len(work) < NUM_RANKS
+    return known, work if models.on_all_ranks else work[RANK::NUM_RANKS]
+
+
+def make_videos(models: Models, args: argparse.Namespace, settings: dict, tell: Callable) -> Iterator[Video]:
+    """All are sampled and their latents saved before the first is decoded: a kill then loses nothing."""
+    known, work = prepare(models, args, settings, tell)
     made = []
-    for latents, request, path in zip(generate_each(models, requests, known), requests, paths):
+    for latents, (request, path) in zip(generate_each(models, [request for request, _ in work], known), work):
         if models.writes:
             record = make_record(models, request, known.num_frames, known.height, known.width)
             save_latents(path.with_suffix(".safetensors"), latents, record)
