@@ -32,8 +32,9 @@ def shrink(dit: VideoTransformer, device: str | torch.device) -> None:
     """
     if torch.device(device).type == "mps":
         raise ValueError("low_memory needs float8, which mps does not have; leave it out, or try cpu")
-    matrices = [module for module in dit.transformer_blocks.modules() if isinstance(module, nn.Linear)]
-    for module in matrices:
+    for module in dit.transformer_blocks.modules():
+        if not isinstance(module, nn.Linear):
+            continue
         weight = module.weight.detach().to(device).float()
         scale = weight.abs().amax(dim=1, keepdim=True) / LARGEST
         scale = scale.clamp(min=1e-30)  # a row may be zero
@@ -41,7 +42,6 @@ def shrink(dit: VideoTransformer, device: str | torch.device) -> None:
         module.__class__ = Linear
         module.weight = nn.Parameter(weight, requires_grad=False)
         module.register_buffer("scale", scale)  # part of the state dict: what is saved does not load as whole
-    shrunk = {id(module.weight) for module in matrices}
     for tensor in [*dit.parameters(), *dit.buffers()]:
-        if id(tensor) not in shrunk:
+        if tensor.dtype != torch.float8_e4m3fn:
             tensor.data = tensor.data.to(device, copy=True)  # a view would keep the whole file in memory

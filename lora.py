@@ -106,50 +106,6 @@ def save_lora(model: nn.Module, path: str | Path, state: dict[str, Tensor] | Non
     save_tensors(tensors, Path(path), {"format": "pt"})
 
 
-def load_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:
-    """Merge a file into the weights of a VideoTransformer: W += weight · alpha/rank · B A. Several add up."""
-    for name, (down, up, scale) in read_lora(model, path).items():
-        add_product(model.get_submodule(name), down, up, weight * scale)
-
-
-def read_lora(model: nn.Module, path: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """{layer of the model: (A, B, alpha/rank)} of a file in any of the formats above; the model may be meta.
-
-    raises OSError if there is no file, ValueError if it holds no LoRA, or keys or shapes that do not fit
-    """
-    path = Path(path)
-    with open_safetensors(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        config = peft_config(path, file.metadata() or {})
-    shapes = {
-        name: list(module.weight.flatten(1).shape)  # out, in (a convolution's: in · height · width)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
-    }
-    found, unknown = by_layer(tensors, shapes)
-    loras = {}
-    wrong = []
-    for name, parts in found.items():
-        alpha = parts.pop("alpha", None)
-        sizes = {part: list(matrix.shape) for part, matrix in parts.items()}
-        rank = sizes.get("A", [0])[0]
-        num_out, num_in = shapes[name]
-        if sizes != {"A": [rank, num_in], "B": [num_out, rank]}:
-            listed = ", ".join(f"{part} {size}" for part, size in sizes.items())
-            wrong.append(f"{name} ({listed} for a weight of {shapes[name]})")
-            continue
-        if alpha is None:
-            alpha = peft_alpha(config, name, rank)
-        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        loras[name] = parts["A"], parts["B"], scale
-    if unknown or wrong or not loras:
-        problems = {"unknown": unknown, "mis-shaped or incomplete": wrong}
-        reasons = [f"{title}: {first_few(names)}" for title, names in problems.items() if names]
-        reason = "; ".join(reasons) or "it is empty"
-        raise ValueError(f"{path} is no LoRA for this transformer ({reason}); give one made for its model")
-    return loras
-
-
 KEY = re.compile(
     r"""(?: (?: transformer | diffusion_model | base_model\.model | model | module ) \. )*
         (?: lora_unet__? | lora_transformer_ )?  # the name then has _ for each dot
@@ -191,3 +147,47 @@ def peft_alpha(config: dict, name: str, rank: int) -> float:
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
             return alpha
     return config.get("lora_alpha", rank)
+
+
+def read_lora(model: nn.Module, path: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """{layer of the model: (A, B, alpha/rank)} of a file in any of the formats above; the model may be meta.
+
+    raises OSError if there is no file, ValueError if it holds no LoRA, or keys or shapes that do not fit
+    """
+    path = Path(path)
+    with open_safetensors(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        config = peft_config(path, file.metadata() or {})
+    shapes = {
+        name: list(module.weight.flatten(1).shape)  # out, in (a convolution's: in · height · width)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
+    }
+    found, unknown = by_layer(tensors, shapes)
+    loras = {}
+    wrong = []
+    for name, parts in found.items():
+        alpha = parts.pop("alpha", None)
+        sizes = {part: list(matrix.shape) for part, matrix in parts.items()}
+        rank = sizes.get("A", [0])[0]
+        num_out, num_in = shapes[name]
+        if sizes != {"A": [rank, num_in], "B": [num_out, rank]}:
+            listed = ", ".join(f"{part} {size}" for part, size in sizes.items())
+            wrong.append(f"{name} ({listed} for a weight of {shapes[name]})")
+            continue
+        if alpha is None:
+            alpha = peft_alpha(config, name, rank)
+        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        loras[name] = parts["A"], parts["B"], scale
+    if unknown or wrong or not loras:
+        problems = {"unknown": unknown, "mis-shaped or incomplete": wrong}
+        reasons = [f"{title}: {first_few(names)}" for title, names in problems.items() if names]
+        reason = "; ".join(reasons) or "it is empty"
+        raise ValueError(f"{path} is no LoRA for this transformer ({reason}); give one made for its model")
+    return loras
+
+
+def load_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:
+    """Merge a file into the weights of a VideoTransformer: W += weight · alpha/rank · B A. Several add up."""
+    for name, (down, up, scale) in read_lora(model, path).items():
+        add_product(model.get_submodule(name), down, up, weight * scale)

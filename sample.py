@@ -49,6 +49,17 @@ SMALL_TOKENS = 1024  # up to here both prompts go through the network together
 # ---------------------------------------------------------------- the stages
 
 
+def seeded(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
+    """Draws on the CPU, so that a seed means the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(shape, generator=generator)
+
+
+def progress_bar(models: Models, stage: str, items: Iterable | None = None, **settings) -> tqdm:
+    hidden = None if models.progress and models.writes else True  # None: at a terminal it is shown
+    return tqdm(items, stage, disable=hidden, leave=False, **settings)
+
+
 @torch.inference_mode()
 def encode_text(models: Models, texts: tuple[str, ...]) -> Tensor:
     """What T5 makes of (the negative and) the prompt: 1 or 2 L d."""
@@ -182,17 +193,6 @@ def decode(models: Models, latents: Tensor, tiled: bool = False) -> Iterator[np.
                                  "saved latents with dtype float32, or use other weights")  # fmt: skip
             bar.update(pixels.shape[2])
             yield to_uint8(pixels[0])
-
-
-def seeded(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
-    """Draws on the CPU, so that a seed means the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda shape: torch.randn(shape, generator=generator)
-
-
-def progress_bar(models: Models, stage: str, items: Iterable | None = None, **settings) -> tqdm:
-    hidden = None if models.progress and models.writes else True  # None: at a terminal it is shown
-    return tqdm(items, stage, disable=hidden, leave=False, **settings)
 
 
 def generate(models: Models, prompt: str, output: str = "frames", **settings):
