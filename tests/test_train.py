@@ -404,7 +404,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
         (["--lora-rank", 4, "--in-channels", 33], "--in-channels"),
         (["--train", "vae", "--cache-latents", "cache"], "--cache-latents"),
         (["--phase-steps", 1, 2, 3, 4, 5], "--phase-steps"),
-        (["--in-channels", 12, "--model", PLAIN], "less than"),
+        (["--in-channels", 12, "--model", PLAIN], "16, 32 and 33"),
         (["--in-channels", 33, "--model", IMAGE], "only a text model"),
         (["--model", IMAGE], "clips alone"),
         (["--model", CONTROL], "control_file_path"),
