@@ -64,6 +64,10 @@ class Models:
         return model_kind(self.config)
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def first_alone(self) -> bool:
         """Whether latents are decoded in Fun's chunks, not diffusers'."""
         return self.kind in ("inpaint", "control")

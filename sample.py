@@ -133,10 +133,9 @@ def denoise(
         steps = SAMPLERS[request.sampler](velocity, x, schedule, timesteps, noise_like_x, request.num_steps)
         for i, x in enumerate(progress_bar(models, "denoise", steps, total=len(timesteps))):
             if not torch.isfinite(x).all():
-                other = "bfloat16 or float32" if models.dtype == torch.float16 else "float32"
-                where = f"step {i + 1} (timestep {timesteps[i]}) in {str(models.dtype)[6:]}"
-                raise ValueError(f"the latents stopped being finite at {where}; try dtype {other}, "
-                                 "or other weights")  # fmt: skip
+                where = f"step {i + 1} (timestep {timesteps[i]}) in {models.dtype_name}"
+                raise ValueError(f"the latents stopped being finite at {where}; try dtype bfloat16 or "
+                                 "float32, or other weights")  # fmt: skip
     if cache is not None:
         models.forwards[0] += cache.num_computed
         models.forwards[1] += cache.num_forwards
@@ -189,7 +188,7 @@ def decode(models: Models, latents: Tensor, tiled: bool = False) -> Iterator[np.
     with models.use("vae", "decode") as vae, bar:
         for pixels in vae.decode_stream(latents, tiled=tiled, first_alone=models.first_alone):
             if not torch.isfinite(pixels).all():
-                raise ValueError(f"the decoded frames are not finite in {str(models.dtype)[6:]}; decode the "
+                raise ValueError(f"the decoded frames are not finite in {models.dtype_name}; decode the "
                                  "saved latents with dtype float32, or use other weights")  # fmt: skip
             bar.update(pixels.shape[2])
             yield to_uint8(pixels[0])
@@ -216,15 +215,12 @@ def generate(models: Models, prompt: str, output: str = "frames", **settings):
 
 
 def generate_each(models: Models, requests: list[Request], known: Known) -> Iterator[Tensor]:
-    """What `generate` gives for requests with the same files, as latents; each network is loaded once."""
+    """Latents, as of `generate`, for requests with the same files; T5 and transformer are loaded once."""
     randns = [seeded(request.seed) for request in requests]
     with models.use("text_encoder", "text"):
         prompts = sorted({request.texts for request in requests})
         texts = {prompt: encode_text(models, prompt) for prompt in prompts}
-    encoded = []
-    with models.use("vae", "encode") if known.frames is not None else contextlib.nullcontext():
-        for request, randn in zip(requests, randns):
-            encoded.append(encode_known(models, request, known, randn))
+    encoded = [encode_known(models, request, known, randn) for request, randn in zip(requests, randns)]
     with models.use("transformer", "denoise"):
         for request, randn, (condition, start) in zip(requests, randns, encoded):
             yield denoise(models, request, known, texts[request.texts], condition, start, randn)
@@ -269,7 +265,7 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     tokens = num_tokens(known.num_frames, known.height, known.width, config.patch_size_t or 1)
     needs = estimate_bytes(models, latents)
     memory = ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
-    dtype = str(models.dtype)[6:] + (", matrices as float8" if models.low_memory else "")
+    dtype = models.dtype_name + (", matrices as float8" if models.low_memory else "")
     notes = [*known.notes, *prompt_notes(models, requests)]
     num_decoded = decoded_frames(latent_frames(known.num_frames), models.first_alone)
     if num_decoded != known.num_frames:
@@ -335,7 +331,7 @@ def make_record(models: Models, request: Request, num_frames: int, height: int, 
         "model": str(models.model_dir),
         "lora": [f"{file}:{weight}" for file, weight in models.loras],
         "kind": models.kind,
-        "dtype": str(models.dtype)[6:],
+        "dtype": models.dtype_name,
         "low_memory": models.low_memory,
         "device": str(models.device),
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
