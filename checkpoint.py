@@ -310,6 +310,7 @@ def save_component(
 
 # ---------------------------------------------------------------- the folder of a training run
 
+LORA = "lora.safetensors"  # beside a base model: what a run with --lora-rank has learnt
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 PIPELINES = {
     16: "CogVideoXPipeline",

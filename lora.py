@@ -59,6 +59,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None) -> list[nn
 
     alpha: how much it counts, as alpha/rank; by default rank, so that it counts once
     """
+    if lora_layers(model):
+        raise ValueError("this model has LoRA already; call merge_lora first")
     model.requires_grad_(False)
     names = [name for name, _ in model.named_modules() if name.endswith(TARGETS)]
     parameters = []

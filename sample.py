@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import find_model, open_safetensors, save_tensors, unknown_keys
+from checkpoint import LORA, find_model, open_safetensors, save_tensors, unknown_keys
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
 from inpaint import add_reference_noise, inpaint_condition
 from kinds import native_fps, native_size
@@ -126,7 +126,7 @@ def denoise(
     with models.use("transformer", "denoise") as dit, contextlib.ExitStack() as stack:
         cache = None
         if request.step_cache:
-            from stepcache import skip_steps  # here, so that stepcache.py can be deleted
+            from stepcache import skip_steps
 
             cache = stack.enter_context(skip_steps(dit, request.step_cache, timesteps))
         velocity = guided(models, dit, request, text, condition, len(timesteps), cache)
@@ -273,16 +273,22 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     for name, component in (("transformer", config), ("vae", models.vae_config)):
         if unknown := unknown_keys(component):
             notes.append(f"{name}/config.json has keys we do not know: {', '.join(unknown)}")
+    if (models.model_dir / LORA).is_file() and not models.loras:
+        notes.append(f"{LORA} of this folder is not used; add --lora {models.model_dir}")
     lines = [
         f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, "
         f"{models.num_parameters['transformer'] / 1e9:.3g} B parameters",
         f"video    {len(requests)} of {known.width}x{known.height}, {known.num_frames} frames -> "
         f"{latents[2]} latent frames -> {tokens} tokens",
         f"sampler  {request.sampler}, {request.num_steps} steps, strength {request.strength:g}, "
-        f"guidance {request.guidance_scale:g}, step cache {request.step_cache:g}",
+        f"guidance {request.guidance_scale:g}",
         f"device   {models.device}, {dtype}",
         f"memory   about {memory} GiB",
     ]
+    if request.step_cache:
+        from stepcache import announce  # here and in `denoise`, so that stepcache.py can be deleted
+
+        lines.append(f"cache    {announce(models, request)}")
     return "\n".join([*lines, *(f"note     {note}" for note in notes)])
 
 
@@ -432,11 +438,12 @@ def asked(args: argparse.Namespace) -> dict:
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """(file, weight) of FILE or FILE:WEIGHT."""
+    """(file, weight) of FILE or FILE:WEIGHT; of the folder of a run its file is meant."""
+    path, weight = Path(text), 1.0
     match = re.fullmatch(r"(.+):([-+.e\d]+)", text)
-    if match is None or Path(text).is_file():  # a name may hold a colon
-        return Path(text), 1.0
-    return Path(match[1]), float(match[2])
+    if match and not path.exists():  # a name may hold a colon
+        path, weight = Path(match[1]), float(match[2])
+    return path / LORA if path.is_dir() else path, weight
 
 
 def open_models(args: argparse.Namespace) -> Models:

@@ -21,8 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from checkpoint import build, component_dir, read_tensors, weight_files
 from kinds import model_kind
-from transformer import VideoTransformer
+from models import Models
+from request import Request
+from transformer import TransformerConfig, VideoTransformer
 
 POLYNOMIALS = {  # (kind, layers, patch_size_t) -> coefficients, highest power first
     ("text", 30, None): (-31.0658903, 25.4732368, -5.92380459, 1.75769064, -3.61568434e-3),
@@ -56,6 +59,24 @@ def plan(dit: VideoTransformer, threshold: float, timesteps: Tensor) -> set[int]
     vectors = dit.time_vector(timesteps.to(weight.device), weight.dtype)
     skips = planned_skips(vectors, threshold, polynomial)
     return {t for t, skip in zip(timesteps.tolist(), skips) if skip}
+
+
+@torch.inference_mode()
+def announce(models: Models, request: Request) -> str:
+    """What is known before the transformer is loaded; of its weights only those of the timestep are read."""
+    timesteps = models.schedule.timesteps(request.num_steps)[-request.num_taken :]
+    folder = component_dir(models.model_dir, "transformer")
+    dit = build(VideoTransformer, TransformerConfig, folder)
+    files = weight_files(folder)
+    keys = [key for key in files if key.startswith(("time_embedding.", "ofs_embedding."))]
+    state = {key: tensor.to(models.dtype) for key, tensor in read_tensors(files, keys)}
+    dit.load_state_dict(state, strict=False, assign=True)
+    skipped = plan(dit, request.step_cache, timesteps)
+    if skipped is None:
+        rule = "the first block of each step decides"
+    else:
+        rule = f"{len(timesteps) - len(skipped)} of {len(timesteps)} steps computed"
+    return f"threshold {request.step_cache:g}, {rule}"
 
 
 class StepCache:

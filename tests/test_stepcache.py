@@ -156,13 +156,13 @@ def test_compiled_blocks_are_skipped_too(plan):
     assert models.forwards == plain.forwards and models.forwards[0] < 8
 
 
-def test_a_plan_is_kept_to(plan, tmp_path, capsys):
+def test_a_plan_is_said_before_the_start_and_kept_to(plan, tmp_path, capsys):
     flags = (
         "--num-steps 7 --num-frames 5 --height 32 --width 48 --seed 1 --device cpu --step-cache 0.1".split()
     )
     assert sample.main(["a cat", "--model", str(MODEL), *flags, "--out", str(tmp_path / "a.mp4")]) == 0
     said = capsys.readouterr().out
-    assert "guidance 6, step cache 0.1" in said
+    assert "cache    threshold 0.1, 4 of 7 steps computed" in said
     assert "step cache: 4 of 7 forwards of the transformer computed in full" in said
 
 
