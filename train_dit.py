@@ -317,14 +317,21 @@ class Denoising:
         with self.autocast():
             return sample.generate(models, shown.caption, **settings)
 
-    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """What learnt, with the transformer's gathered `state`; all else stays the files it was."""
+    def weights(self) -> dict[str, Tensor]:
+        """What learnt of the transformer; it may be cut over ranks."""
+        weights = self.dit.state_dict()
+        if self.config.lora_rank:
+            weights = {name: weight for name, weight in weights.items() if ".lora_" in name}
+        return weights
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """weights: as `weights` gives them, but whole. All that did not learn stays the files it was."""
         if self.config.lora_rank:
             from lora import save_lora
 
-            save_lora(self.dit, folder / LORA, state)
+            save_lora(self.dit, folder / LORA, weights)
         else:
-            self.dit.save_pretrained(folder, state=state)
+            self.dit.save_pretrained(folder, state=weights)
         if self.t5:
             self.t5.save_pretrained(folder)
 

@@ -110,6 +110,9 @@ class Reconstruction:
         pixels = self.encode([shown])["pixels"]
         return to_uint8(torch.cat([pixels, self.reconstruct(pixels)], dim=3)[0])
 
+    def weights(self) -> dict[str, Tensor]:
+        return {}  # none are cut over ranks
+
     def save(self, folder: Path, _) -> None:
         """With a scaling factor that gives the latents of the held-out samples a standard deviation of 1."""
         if not self.config.keep_encoder:

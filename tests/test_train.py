@@ -316,15 +316,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(half, monkeypatch, c
 
 
 def test_a_signal_saves_and_stops(whole, half, monkeypatch):
-    def rate_and_terminate(*args):  # called in every step
-        os.kill(os.getpid(), signal.SIGTERM)
-        return learning_rate(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", rate_and_terminate)
+        patch.setattr(train, "learning_rate", rate_and_terminate_twice)
         assert run(half, "--num-steps", 6, "--resume") == 128 + signal.SIGTERM
     assert newest_checkpoint(half).name == "step-000004"
     assert_goes_on_as(whole, half)
+
+
+def rate_and_terminate_twice(*args):
+    """Called in every step; `timeout` and torchrun send their signal twice."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return learning_rate(*args)
+
+
+def test_a_later_signal_ends_at_once(half, monkeypatch, capsys):
+    monkeypatch.setattr(train, "SAME_SIGNAL", -1.0)
+    monkeypatch.setattr(train, "learning_rate", rate_and_terminate_twice)
+    assert run(half, "--num-steps", 6, "--resume") == 2
+    assert "interrupted" in capsys.readouterr().err
+    assert newest_checkpoint(half).name == "step-000003"
 
 
 def test_what_a_run_leaves_can_be_rounded_and_its_checkpoint_goes_on_from_all_digits(tmp_path):
