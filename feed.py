@@ -21,7 +21,7 @@ class Feed:
     def __init__(self, task, config: Config, files: Files, cache_dir: Path | None, num_workers: int):
         """task: train_dit.Denoising, or train_vae.Reconstruction    cache_dir: of --cache-latents"""
         self.task, self.config, self.files, self.cache_dir = task, config, files, cache_dir
-        self.loader = Loader(files.records, files.failures, num_workers, say=print)
+        self.loader = Loader(files.records, files.failures, num_workers)
         self.held_out_loader = Loader(files.held_out, max_failures=1.0)
         self.cache = None
         self.digests: list[str] = []  # of the records' contents
