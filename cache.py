@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 
 from checkpoint import open_safetensors, save_tensors
-from data import Key, Loader, Micro, Record, Sample, draw_caption, each_ahead
+from data import Batch, Key, Loader, Micro, Record, Sample, draw_caption, each_ahead
 from sizes import Bucket
 
 VERSION = 3
 TEXTS = 64  # that T5 encodes together: each time all its layers are read from the disk
 TOKENS = 16384  # that the VAE encodes together: it takes far more memory than the latents it gives
-Batch = dict[str, Tensor]
 
 
 class Cache:

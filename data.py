@@ -250,6 +250,9 @@ class Micro:
         return [(index, self.bucket, key) for index, key in zip(self.indices, self.keys)]
 
 
+Batch = dict[str, Tensor]  # a micro-batch encoded, see train_dit.Encoders and cache.py
+
+
 class Epochs:
     """Epoch after epoch of micro-batches: every record once an epoch, in random order.
 

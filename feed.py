@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import data
-from data import Epochs, Files, Loader, Micro, load_sample
+from data import Batch, Epochs, Files, Loader, Micro, load_sample
 from log import as_time
 from presets import Config, Phase
 from runtime import NUM_RANKS, RANK, say, wait_for_ranks
-from train_dit import Batch, make_cache
 
 
 class Feed:
@@ -60,19 +59,16 @@ class Feed:
         """Keep what is asked for, and let VAE and T5 go."""
         began = time.perf_counter()
         if self.cache_dir:  # opened anew, as its texts are named by what T5 has become
-            self.cache = self.open_cache(self.loader, self.digests)
-            held_out = self.open_cache(self.held_out_loader, self.held_out_digests)
+            self.cache = self.task.cache(self.loader, self.plan, self.cache_dir, self.digests)
+            held_out = self.task.cache(self.held_out_loader, self.plan, self.cache_dir, self.held_out_digests)
             count = self.cache.fill(asked[RANK::NUM_RANKS]) + held_out.fill(self.unseen[RANK::NUM_RANKS])
             wait_for_ranks()
             self.held_out = list(zip(held_out.batches(self.unseen), self.unseen))
         else:
-            self.cache = self.cache or self.open_cache(self.loader, [])
+            self.cache = self.cache or self.task.cache(self.loader, self.plan, None, [])
             self.cache.read = self.read
             count = self.cache.fill(asked)
             self.held_out = list(zip(self.encoded(self.held_out_loader, self.unseen), self.unseen))
         say(f"{count} samples encoded in {as_time(time.perf_counter() - began)}")
-        self.task.encoders.free()
+        self.task.models.loaded.clear()
         wait_for_ranks()
-
-    def open_cache(self, loader: Loader, digests: list[str]):
-        return make_cache(self.config, self.cache_dir, digests, self.task, loader, self.plan)

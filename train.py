@@ -536,7 +536,7 @@ def make_task(
     check_records(files.records + files.held_out, task.kind)
     captions = sorted({record.caption(record.num_frames) for record in files.records})
     length = task.dit.config.max_text_seq_length
-    for line in data.caption_report(captions, task.encoders.tokenizer, length):
+    for line in data.caption_report(captions, task.models.tokenizer, length):
         say(line)
     task.dit.activation_checkpointing = options.activation_checkpointing
     if options.compile or (config.compile_on_gpu and device.type == "cuda"):
@@ -580,8 +580,7 @@ def run_command(argv: list[str] | None, signals: list[int]) -> bool:
         wait_for_ranks()
     task = make_task(config, options, device, dtype, files)
     if config.train == "dit":
-        models = sample.load_models(options.out, dtype, device)
-        say(memory.describe(task.dit, models, config, config.phases[run.at.phase :], options.offload))
+        say(memory.describe(task.dit, task.models, config, config.phases[run.at.phase :], options.offload))
         place(task.dit, device, dtype, config.replicate, options.offload)
     feed = Feed(task, config, files, options.cache_latents, options.num_workers)
     stopped = train(task, config, options, run, feed, signals)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Micro, Plan, Sample, pixels_of
+from data import Batch, Micro, Plan, Sample, pixels_of
 from media import to_uint8
 from presets import Config, Phase
 from runtime import generator
@@ -59,11 +59,11 @@ class Reconstruction:
     def begin(self, phase: Phase) -> dict[str, nn.Module]:
         return {"vae": self.vae}
 
-    def encode(self, samples: list[Sample]) -> dict[str, Tensor]:
+    def encode(self, samples: list[Sample]) -> Batch:
         """Of this task a micro-batch is nothing but pixels, b 3 f h w."""
         return {"pixels": pixels_of(samples, self.device)}
 
-    def losses(self, batch: dict[str, Tensor], micro: Micro) -> Tensor:
+    def losses(self, batch: Batch, micro: Micro) -> Tensor:
         """Reconstruction, decoded in Fun's chunks, + KL a latent number + EQ: b."""
         pixels = batch["pixels"]
         draws = generator(self.config.seed, micro.epoch, micro.number, "noise", device=self.device)
@@ -94,7 +94,7 @@ class Reconstruction:
         with self.autocast():
             return self.vae.decode(self.latents(pixels)).float().clamp(-1, 1)
 
-    def validate(self, held_out: list[tuple[dict[str, Tensor], Micro]]) -> dict[str, float]:
+    def validate(self, held_out: list[tuple[Batch, Micro]]) -> dict[str, float]:
         """PSNR in dB on held-out samples, the mean over all of them and over each size."""
         self.held_out = [batch["pixels"] for batch, _ in held_out]
         found: dict[str, list[float]] = {"psnr": []}

@@ -650,7 +650,7 @@ def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkey
     shown, _ = train.sample.encode_known(models, request, known, torch.zeros)
     assert_close(condition, shown, 1e-6)
     assert condition.shape == latents.shape
-    whole = task.encoders.vae.encode(pixels_of([one], torch.device("cpu")))
+    whole = task.models.load("vae").encode(pixels_of([one], torch.device("cpu")))
     is_padded = model == IMAGE_15
     assert latents.shape[2] == 3 + is_padded
     assert_close(latents[:, :, is_padded:], whole, 1e-6)
