@@ -16,7 +16,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,23 +75,14 @@ def open_record(entry: Entry, fps: float) -> Record:
         last = clip.seconds - 1 / clip.fps  # how long the last frame lasts is not always said
         return int((last + MILLISECOND) * fps) + 1, (clip.height, clip.width)
 
+    name = str(entry.path)
     num_frames, size = look(entry.path)
-    record = Record(
-        name=str(entry.path),
-        caption=lambda _: entry.caption,
-        num_frames=num_frames,
-        size=size,
-        read=reader(entry.path),
-        content=(entry.path,),
-    )
+    read = reader(entry.path)
     if entry.control is None:
-        return record
-    return replace(
-        record,
-        num_frames=min(num_frames, look(entry.control)[0]),
-        read_control=reader(entry.control),
-        content=(entry.path, entry.control),
-    )
+        return Record(name, lambda _: entry.caption, num_frames, size, read, content=(entry.path,))
+    num_frames = min(num_frames, look(entry.control)[0])
+    content = (entry.path, entry.control)
+    return Record(name, lambda _: entry.caption, num_frames, size, read, reader(entry.control), content)
 
 
 def open_records(entries: list[Entry], fps: float = 8) -> tuple[list[Record], dict[str, str]]:
@@ -199,7 +190,7 @@ class Plan:
     frames_per_token: int = 1
     num_padding: int = 0  # latent frames in front of a clip, which count: CogVideoX1.5's, see Denoising
     size: tuple[int, int] | None = None  # height, width, where a model takes no other
-    masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(MASK_KINDS))  # none: not drawn
+    masks: dict[str, float] = dataclasses.field(default_factory=MASK_KINDS.copy)  # none: not drawn
     text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
 
 
@@ -211,15 +202,9 @@ def sizes_for(record: Record, plan: Plan) -> list[int]:
 def bucket_at(record: Record, plan: Plan, size: int) -> Bucket:
     """The nearest aspect at a base size, and the frames that fill the token budget, no more than the clip."""
     height, width = plan.size or nearest_shape(size, *record.size)
-    num_frames = frames_for(
-        plan.max_tokens,
-        height,
-        width,
-        min(plan.max_frames, record.num_frames),
-        plan.frames_per_token,
-        plan.num_padding,
-    )
-    return Bucket(num_frames, height, width)
+    longest = min(plan.max_frames, record.num_frames)
+    frames = frames_for(plan.max_tokens, height, width, longest, plan.frames_per_token, plan.num_padding)
+    return Bucket(frames, height, width)
 
 
 def tokens_of(bucket: Bucket, plan: Plan) -> int:
@@ -292,10 +277,9 @@ class Epochs:
         groups = []
         for bucket, indices in members.items():
             size = max(1, self.plan.batch_tokens // tokens_of(bucket, self.plan))
-            end = len(indices)
-            if only_full and end > size:
-                end = end // size * size
-            groups += [(bucket, indices[i : i + size]) for i in range(0, end, size)]
+            if only_full and len(indices) > size:
+                indices = indices[: len(indices) // size * size]
+            groups += [(bucket, indices[i : i + size]) for i in range(0, len(indices), size)]
         micros = []
         for number, place in enumerate(torch.randperm(len(groups), generator=order).tolist()):
             bucket, indices = groups[place]
