@@ -146,8 +146,7 @@ class Run:
 
 def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace) -> Run:
     """The start of a run, with OUT made ready, or where its newest checkpoint is."""
-    out = options.out
-    model_dir = options.model
+    out, model_dir = options.out, options.model
     newest = checkpoint.newest_checkpoint(out)
     if not newest:
         if model_dir and out.resolve() == model_dir.resolve():
@@ -527,7 +526,7 @@ def check_config(config: Config, args: argparse.Namespace) -> None:
 def make_task(
     config: Config, options: argparse.Namespace, device: torch.device, dtype: torch.dtype, files: data.Files
 ):
-    """What learns, placed where it computes."""
+    """What learns; check the samples against it, and say which words of theirs it will not see."""
     if config.train == "vae":
         from train_vae import Reconstruction  # here, so that train_vae.py can be deleted
 
@@ -580,7 +579,8 @@ def run_command(argv: list[str] | None, signals: list[int]) -> bool:
         wait_for_ranks()
     task = make_task(config, options, device, dtype, files)
     if config.train == "dit":
-        say(memory.describe(task.dit, task.models, config, config.phases[run.at.phase :], options.offload))
+        models = sample.load_models(options.out, dtype, device)  # each alone, as none is kept
+        say(memory.describe(task.dit, models, config, config.phases[run.at.phase :], options.offload))
         place(task.dit, device, dtype, config.replicate, options.offload)
     feed = Feed(task, config, files, options.cache_latents, options.num_workers)
     stopped = train(task, config, options, run, feed, signals)

@@ -31,8 +31,13 @@ def reconstruction_losses(pixels: Tensor, target: Tensor) -> Tensor:
     error = pixels.float() - target.float()
     chroma = error - error.mean(1, keepdim=True)
     colorful = (target - target.mean(1, keepdim=True)).abs().mean(1, keepdim=True)  # 0 … 8/9
-    terms = [error.abs(), error.square(), 0.25 * error.diff(dim=3).abs(), 0.25 * error.diff(dim=4).abs()]
-    terms.append((1 + 4.5 * colorful) * chroma.square())
+    terms = [
+        error.abs(),
+        error.square(),
+        0.25 * error.diff(dim=3).abs(),
+        0.25 * error.diff(dim=4).abs(),
+        (1 + 4.5 * colorful) * chroma.square(),
+    ]
     return sum(term.mean((1, 2, 3, 4)) for term in terms)
 
 
@@ -50,7 +55,7 @@ class Reconstruction:
         self.vae.encoder.requires_grad_(not config.keep_encoder)
         self.scaling_factor = self.vae.config.scaling_factor  # of the latents that are kept
         self.vae.config.scaling_factor = 1.0  # until it is measured, see `save`
-        self.held_out: list[Tensor] = []
+        self.held_out: list[Tensor] = []  # pixels of the last validation, for `save` to measure on
 
     def plan(self, phase: Phase) -> Plan:
         batch_tokens = self.config.batch_size * phase.max_tokens
@@ -87,7 +92,7 @@ class Reconstruction:
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         with self.autocast():
-            return self.vae.encode(pixels.to(self.device)).float()
+            return self.vae.encode(pixels).float()
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
@@ -97,13 +102,14 @@ class Reconstruction:
     def validate(self, held_out: list[tuple[Batch, Micro]]) -> dict[str, float]:
         """PSNR in dB on held-out samples, the mean over all of them and over each size."""
         self.held_out = [batch["pixels"] for batch, _ in held_out]
-        found: dict[str, list[float]] = {"psnr": []}
+        found: dict[str, list[float]] = {}
         for pixels in self.held_out:
             mse = (self.reconstruct(pixels) - pixels).square().mean()
             psnr = (10 * torch.log10(4 / mse)).item()
-            found["psnr"].append(psnr)
-            found.setdefault(f"psnr_{pixels.shape[3]}x{pixels.shape[4]}", []).append(psnr)
-        return {size: sum(values) / len(values) for size, values in sorted(found.items())}
+            height, width = pixels.shape[3:]
+            for name in ("psnr", f"psnr_{height}x{width}"):
+                found.setdefault(name, []).append(psnr)
+        return {name: sum(values) / len(values) for name, values in sorted(found.items())}
 
     def preview(self, shown: Sample, num_steps: int):
         """A sample above its reconstruction, uint8 f h w 3."""
