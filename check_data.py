@@ -126,12 +126,8 @@ def _shape(sizes: tuple) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="check_data.py",
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    with_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser("check_data.py", description=__doc__.splitlines()[0], formatter_class=with_defaults)
     add = parser.add_argument
     add("meta", metavar="META", type=Path, help="metadata .json, .jsonl or .csv, or a folder")
     add("--resolutions", type=int, nargs="+", default=list(range(512, 1025, 128)), help="base sizes")
@@ -162,19 +158,18 @@ def main(argv: list[str] | None = None) -> int:
             files = [job.result() for job in tqdm(jobs, "decoding", unit="file", disable=None)]
         finally:
             pool.shutdown(cancel_futures=True)  # or control-c would wait for all of them
-    counts = {"samples": len(files)}
-    for kind in ("lost", "odd"):
-        counts[kind] = sum(bool(file[kind]) for file in files)
+    num_lost, num_odd = (sum(bool(file[kind]) for file in files) for kind in ("lost", "odd"))
     if args.json:
-        lists = {"mistakes": args.mistakes, "remarks": args.remarks, "files": files}
-        say(json.dumps(counts | lists, indent=2))
+        report = {"samples": len(files), "lost": num_lost, "odd": num_odd}
+        report |= {"mistakes": args.mistakes, "remarks": args.remarks, "files": files}
+        say(json.dumps(report, indent=2))
     else:
-        lines = [_as_text(file) for file in files]
-        lines += [f"{args.meta}: {line}" for line in args.remarks + args.mistakes]
-        counts["mistakes"] = len(args.mistakes)
-        lines.append(", ".join(f"{name}: {count}" for name, count in counts.items()))
-        say("\n".join(lines))
-    return int(counts["lost"] > 0 or len(args.mistakes) > 0)
+        for line in map(_as_text, files):
+            say(line)
+        for line in args.remarks + args.mistakes:
+            say(f"{args.meta}: {line}")
+        say(f"samples: {len(files)}, lost: {num_lost}, odd: {num_odd}, mistakes: {len(args.mistakes)}")
+    return int(num_lost > 0 or len(args.mistakes) > 0)
 
 
 if __name__ == "__main__":

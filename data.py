@@ -281,8 +281,8 @@ class Epochs:
                 indices = indices[: len(indices) // size * size]
             groups += [(bucket, indices[i : i + size]) for i in range(0, len(indices), size)]
         micros = []
-        for number, place in enumerate(torch.randperm(len(groups), generator=order).tolist()):
-            bucket, indices = groups[place]
+        shuffled = torch.randperm(len(groups), generator=order).tolist()
+        for number, (bucket, indices) in enumerate(groups[i] for i in shuffled):
             keys = [(self.seed, draw, self.names[index]) for index in indices]
             micros.append(Micro(bucket, indices, keys, epoch, number))
         return micros

@@ -34,8 +34,8 @@ def read_metadata(path: str | Path) -> list[Entry]:
     """
     entries, mistakes, remarks = scan_metadata(Path(path))
     if mistakes:
-        lines = mistakes[:100] + [f"and {len(mistakes) - 100} more"] * (len(mistakes) > 100)
-        raise ValueError("\n  ".join([f"{path} cannot be used; mistakes: {len(mistakes)}", *lines]))
+        count = f"{path} cannot be used; mistakes: {len(mistakes)}"
+        raise ValueError("\n  ".join([count, *mistakes[:100]]))
     for remark in remarks:
         say(f"note: {path}: {remark}")
     return entries
@@ -45,14 +45,14 @@ def scan_metadata(path: Path) -> tuple[list[Entry], list[str], list[str]]:
     """(the samples that can be used, a line for each mistake, a line for what else one should know)"""
     entries: dict[Entry, str] = {}
     mistakes, remarks = [], []
-    folder, items = (path, _folder_items(path)) if path.is_dir() else (path.parent, _file_items(path))
-    for kind, where, item in items:
+    is_folder = path.is_dir()
+    for kind, where, item in _folder_items(path) if is_folder else _file_items(path):
         if kind == "mistake":
             mistakes.append(f"{where}: {item}")
         elif kind == "remark":
             remarks.append(f"{where}: {item}")
         else:
-            problems, entry = _to_entry(folder, item)
+            problems, entry = _to_entry(path if is_folder else path.parent, item)
             mistakes += [f"{where}: {problem}" for problem in problems]
             if entry in entries:
                 remarks.append(f"{where}: says the same as {entries[entry]}; it is taken once")

@@ -342,7 +342,7 @@ def validate(task, optim: Optim, feed: Feed, log: Log, step: int) -> None:
 
 def preview(task, optim: Optim, feed: Feed, path: Path, options: argparse.Namespace) -> None:
     """Some held-out samples, as the averaged weights make them: PATH-0.gif and .png, …"""
-    for micro in feed.unseen[: options.num_previews]:
+    for micro in feed.held_out_micros[: options.num_previews]:
         shown = feed.held_out_loader.load(*micro.places()[0], feed.read)
         with optim.averaged(), torch.compiler.set_stance("force_eager"):
             frames = task.preview(shown, options.preview_steps)
