@@ -60,9 +60,8 @@ class Cache:
 
     def lacking(self, micros: list[Micro]) -> list[Micro]:
         """The samples that are not there yet, each once, in micro-batches that the VAE can take."""
-        asked = dict.fromkeys(place for micro in micros for place in micro.places())  # a set in order
         by_bucket: dict[Bucket, list[tuple[int, Key]]] = {}
-        for index, bucket, key in asked:
+        for index, bucket, key in places_of(micros):
             if not self.has(index, bucket, key):
                 by_bucket.setdefault(bucket, []).append((index, key))
         groups = []
@@ -72,6 +71,11 @@ class Cache:
                 indices, keys = zip(*pairs[i : i + size])
                 groups.append(Micro(bucket, list(indices), list(keys), epoch=0, number=0))
         return groups
+
+
+def places_of(micros: list[Micro]) -> list[tuple[int, Bucket, Key]]:
+    """Of all their samples, each once."""
+    return list(dict.fromkeys(place for micro in micros for place in micro.places()))
 
 
 class DeviceCache(Cache):
@@ -119,7 +123,7 @@ class DeviceCache(Cache):
             rows = [self.rows[micro.bucket, key] for key in micro.keys]
             text_of = self.text_of[micro.bucket]
             texts, text_row = torch.tensor([text_of[row] for row in rows]).unique(return_inverse=True)
-            rows, text_row = torch.tensor([rows, text_row.tolist()]).to(self.device)
+            rows, text_row = torch.tensor([rows, text_row.tolist()]).to(self.device)  # in one transfer
             batch = {name: table[rows] for name, table in self.tables[micro.bucket].items()}
             yield batch | {"text": self.texts[texts.to(self.device)], "text_row": text_row}
 
@@ -162,7 +166,7 @@ class DiskCache(Cache):
         return note.get("caption", draw_caption(self.loader.records[index], bucket, key))
 
     def keep_texts(self, micros: list[Micro]) -> None:
-        captions = dict.fromkeys(self.caption(*place) for micro in micros for place in micro.places())
+        captions = dict.fromkeys(self.caption(*place) for place in places_of(micros))
         lacking = [caption for caption in captions if not is_whole(self.text_path(caption))]
         for i in range(0, len(lacking), TEXTS):
             group = lacking[i : i + TEXTS]

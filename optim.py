@@ -134,18 +134,21 @@ class Optim:
         for param in self.params.values():
             if optimizer == "muon" and param.ndim > 1 and param not in tables:
                 matrices.append(param)
+            elif is_cut(param):
+                sharded.append(param)
             else:
-                (sharded if is_cut(param) else others).append(param)
+                others.append(param)
         self.optimizers: list[torch.optim.Optimizer] = []
         for params in filter(None, (others, sharded)):
             adamw = torch.optim.AdamW(params, weight_decay=weight_decay, eps=adam_eps, fused=True)
             self.optimizers.append(adamw)
         if matrices:
             self.optimizers.append(Muon(matrices, weight_decay))
-        state = {
-            param: one.state[param] for one in self.optimizers for param in one.param_groups[0]["params"]
-        }
-        self.moments: dict[str, dict] = {name: state[param] for name, param in self.params.items()}
+        names = {param: name for name, param in self.params.items()}
+        self.moments: dict[str, dict] = {}
+        for one in self.optimizers:
+            for param in one.param_groups[0]["params"]:
+                self.moments[names[param]] = one.state[param]
         self.ema = {}
         if ema_decay:
             self.ema = {name: param.detach().clone() for name, param in self.params.items()}
