@@ -25,10 +25,10 @@ SMALL += "--resolutions 32 --max-tokens 12 --batch-size 2 --grad-accum 2 --num-p
 SMALL += "--preview-steps 1 --num-workers 1 --lr 1e-4 --dtype float32 --device cpu".split()
 SET = "--set num_shapes=24 warmup_steps=1 ema_decay=0.5 cached_draws=0 keep_on_device=false".split()
 SET += ["save_dtype=null"]
-KINDS = {"dit": ["--num-previews", "1"], "vae": ["--train", "vae", "--num-previews", "1"]}
+KINDS = {"dit": ["--num-previews", "1", *SET, "optimizer=muon"]}
+KINDS["vae"] = ["--train", "vae", "--num-previews", "1"]
 KINDS["lora"] = ["--lora-rank", "2", "--activation-checkpointing", *SET, "optimizer=adamw"]
-KINDS["fun"] = ["--preset", "fun-2b", "--num-frames", "17"]  # AdamW with the reference's tiny eps
-KINDS["offload"] = ["--offload"]
+KINDS["fun"] = "--preset fun-2b --num-frames 17 --offload".split()  # AdamW with the reference's tiny eps
 KINDS["whole"] = [*SET, "replicate=true", "cached_draws=1", "keep_on_device=true"]
 SAMPLES = {  # one video, which two ranks compute together
     "sincos": ["a", "--model", str(GOLDENS / "fun-2b-inp"), "--num-frames", "5", "--guidance-scale", "1"],
