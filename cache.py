@@ -48,9 +48,8 @@ class Cache:
         self.loader, self.read = loader, read
         self.encode_clips, self.encode_texts = encode_clips, encode_texts
 
-    def fill(self, micros: Iterable[Micro]) -> int:
+    def fill(self, micros: list[Micro]) -> int:
         """Make what these micro-batches ask for and is not there yet; returns how many samples that were."""
-        micros = list(micros)
         groups = self.lacking(micros)
         for group, samples in zip(groups, self.loader.each(groups, self.read)):
             # A broken file's place is taken by another, which comes with its own caption.
@@ -93,7 +92,7 @@ class DeviceCache(Cache):
     def has(self, index: int, bucket: Bucket, key: Key) -> bool:
         return (bucket, key) in self.rows
 
-    def fill(self, micros: Iterable[Micro]) -> int:
+    def fill(self, micros: list[Micro]) -> int:
         self.made = {bucket: [table] for bucket, table in self.tables.items()}
         count = super().fill(micros)
         for bucket, batches in self.made.items():
