@@ -292,6 +292,7 @@ def test_a_kill_leaves_the_last_checkpoint_to_resume_from(whole, half, moment, m
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(torch.get_num_threads())  # mends the pool before two threads do
             monkeypatch.setattr(moment, kill)
             run(half, "--num-steps", 6, "--resume")
         finally:
