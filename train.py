@@ -89,12 +89,12 @@ def make_component(name: str, config: Config, out: Path) -> None:
 def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch: bool) -> None:
     """OUT as a complete checkpoint before the first step: the folders of --model, what it lacks made anew.
 
-    from_scratch: make the component that learns anew in any case
+    from_scratch: new weights for the component that learns, even where --model has it
     """
     torch.manual_seed(config.seed)
     learns = {"dit": "transformer", "vae": "vae"}[config.train]
     t5_file = model_dir and model_dir / "text_encoder" / "config.json"
-    if t5_file and t5_file.is_file():
+    if t5_file and t5_file.is_file():  # a new transformer is as wide as its text
         width = checkpoint.read_config(T5Config, t5_file).d_model
         config = replace(config, dit=replace(config.dit, text_embed_dim=width))
     for name in checkpoint.COMPONENTS:
