@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from checkpoint import open_safetensors, save_tensors
-from data import Key, Loader, Micro, Record, Sample, draw_caption
+from data import Batch, Key, Loader, Micro, Record, Sample, draw_caption, each_ahead
 from sizes import Bucket
 
 VERSION = 3
 TEXTS = 64  # that T5 encodes together: each time all its layers are read from the disk
-Batch = dict[str, Tensor]
+TOKENS = 16384  # that the VAE encodes together: it takes far more memory than the latents it gives
 
 
 class Cache:
@@ -48,31 +48,33 @@ class Cache:
         self.loader, self.read = loader, read
         self.encode_clips, self.encode_texts = encode_clips, encode_texts
 
-    def fill(self, micros: Iterable[Micro]) -> int:
+    def fill(self, micros: list[Micro]) -> int:
         """Make what these micro-batches ask for and is not there yet; returns how many samples that were."""
-        micros = list(micros)
-        lacking: dict[Bucket, dict[tuple[int, Key], None]] = {}  # dicts for sets, as they keep their order
-        for micro in micros:
-            for index, key in zip(micro.indices, micro.keys):
-                if not self.has(index, micro.bucket, key):
-                    lacking.setdefault(micro.bucket, {})[index, key] = None
-        groups = list(encoding_groups(lacking))
+        groups = self.lacking(micros)
         for group, samples in zip(groups, self.loader.each(groups, self.read)):
             # A broken file's place is taken by another, which comes with its own caption.
             self.keep_clips(group, self.encode_clips(samples), [sample.caption for sample in samples])
         self.keep_texts(micros)
         return sum(len(group.keys) for group in groups)
 
+    def lacking(self, micros: list[Micro]) -> list[Micro]:
+        """The samples that are not there yet, each once, in micro-batches that the VAE can take."""
+        by_bucket: dict[Bucket, list[tuple[int, Key]]] = {}
+        for index, bucket, key in places_of(micros):
+            if not self.has(index, bucket, key):
+                by_bucket.setdefault(bucket, []).append((index, key))
+        groups = []
+        for bucket, pairs in by_bucket.items():
+            size = max(1, TOKENS // bucket.tokens)
+            for i in range(0, len(pairs), size):
+                indices, keys = zip(*pairs[i : i + size])
+                groups.append(Micro(bucket, list(indices), list(keys), epoch=0, number=0))
+        return groups
 
-def encoding_groups(
-    samples: dict[Bucket, dict[tuple[int, Key], None]], max_tokens: int = 16384
-) -> Iterator[Micro]:
-    """Micro-batches of at most so many tokens: the VAE takes far more memory than the latents it gives."""
-    for bucket, pairs in samples.items():
-        pairs, size = list(pairs), max(1, max_tokens // bucket.tokens)
-        for i in range(0, len(pairs), size):
-            indices, keys = zip(*pairs[i : i + size])
-            yield Micro(bucket, list(indices), list(keys), epoch=0, number=0)
+
+def places_of(micros: list[Micro]) -> list[tuple[int, Bucket, Key]]:
+    """Of all their samples, each once."""
+    return list(dict.fromkeys(place for micro in micros for place in micro.places()))
 
 
 class DeviceCache(Cache):
@@ -85,40 +87,42 @@ class DeviceCache(Cache):
         self.rows: dict[tuple[Bucket, Key], int] = {}  # in the tables of its bucket
         self.texts = torch.empty(0)  # of each caption, n L d or, while T5 learns, ids n L
         self.text_rows: dict[str, int] = {}
-        self.captions: dict[Bucket, list[int]] = {}  # of each row of its tables, the row in texts
+        self.text_of: dict[Bucket, list[int]] = {}  # of each row of its tables, the row in texts
 
     def has(self, index: int, bucket: Bucket, key: Key) -> bool:
         return (bucket, key) in self.rows
 
-    def fill(self, micros: Iterable[Micro]) -> int:
-        self.made: dict[Bucket, list[Batch]] = {bucket: [table] for bucket, table in self.tables.items()}
+    def fill(self, micros: list[Micro]) -> int:
+        self.made = {bucket: [table] for bucket, table in self.tables.items()}
         count = super().fill(micros)
         for bucket, batches in self.made.items():
             self.tables[bucket] = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
         del self.made
         return count
 
-    def keep_texts(self, micros: list[Micro]) -> None:
-        """All of them anew in each phase: T5 may have learnt in the last one."""
-        known = list(self.text_rows)
-        groups = [known[i : i + TEXTS] for i in range(0, len(known), TEXTS)]
-        self.texts = torch.cat([self.encode_texts(group).to(self.device) for group in groups])
-
     def keep_clips(self, group: Micro, batch: Batch, captions: list[str]) -> None:
-        text_rows = self.captions.setdefault(group.bucket, [])
+        text_of = self.text_of.setdefault(group.bucket, [])
         for key, caption in zip(group.keys, captions):
-            self.rows[group.bucket, key] = len(text_rows)
-            text_rows.append(self.text_rows.setdefault(caption, len(self.text_rows)))
+            self.rows[group.bucket, key] = len(text_of)
+            text_of.append(self.text_rows.setdefault(caption, len(self.text_rows)))
         here = {name: tensor.to(self.device) for name, tensor in batch.items()}
         self.made.setdefault(group.bucket, []).append(here)
+
+    def keep_texts(self, micros: list[Micro]) -> None:
+        """All of them anew in each phase: T5 may have learnt in the last one."""
+        captions = list(self.text_rows)
+        texts = []
+        for i in range(0, len(captions), TEXTS):
+            texts.append(self.encode_texts(captions[i : i + TEXTS]).to(self.device))
+        self.texts = torch.cat(texts)
 
     def batches(self, micros: Iterable[Micro]) -> Iterator[Batch]:
         """Texts come once for each caption of a micro-batch, with text_row b to repeat them."""
         for micro in micros:
             rows = [self.rows[micro.bucket, key] for key in micro.keys]
-            captions = self.captions[micro.bucket]
-            texts, text_row = torch.tensor([captions[row] for row in rows]).unique(return_inverse=True)
-            rows, text_row = torch.tensor([rows, text_row.tolist()]).to(self.device)
+            text_of = self.text_of[micro.bucket]
+            texts, text_row = torch.tensor([text_of[row] for row in rows]).unique(return_inverse=True)
+            rows, text_row = torch.tensor([rows, text_row.tolist()]).to(self.device)  # in one transfer
             batch = {name: table[rows] for name, table in self.tables[micro.bucket].items()}
             yield batch | {"text": self.texts[texts.to(self.device)], "text_row": text_row}
 
@@ -148,11 +152,11 @@ class DiskCache(Cache):
         return is_whole(self.clip_path(index, bucket, key))
 
     def keep_clips(self, group: Micro, batch: Batch, captions: list[str]) -> None:
-        for i, (index, key) in enumerate(zip(group.indices, group.keys)):
+        for i, (index, bucket, key) in enumerate(group.places()):
             entry = {name: tensor[i].contiguous().cpu() for name, tensor in batch.items()}
-            own = draw_caption(self.loader.records[index], group.bucket, key)
+            own = draw_caption(self.loader.records[index], bucket, key)
             note = {} if captions[i] == own else {"caption": captions[i]}
-            save_tensors(entry, self.clip_path(index, group.bucket, key), note)
+            save_tensors(entry, self.clip_path(index, bucket, key), note)
 
     def caption(self, index: int, bucket: Bucket, key: Key) -> str:
         """The record's, as it is now; or of another, where that took its place."""
@@ -161,36 +165,20 @@ class DiskCache(Cache):
         return note.get("caption", draw_caption(self.loader.records[index], bucket, key))
 
     def keep_texts(self, micros: list[Micro]) -> None:
-        captions = dict.fromkeys(
-            self.caption(index, micro.bucket, key)
-            for micro in micros
-            for index, key in zip(micro.indices, micro.keys)
-        )
+        captions = dict.fromkeys(self.caption(*place) for place in places_of(micros))
         lacking = [caption for caption in captions if not is_whole(self.text_path(caption))]
         for i in range(0, len(lacking), TEXTS):
             group = lacking[i : i + TEXTS]
             for caption, text in zip(group, self.encode_texts(group)):
                 save_tensors({"text": text.contiguous().cpu()}, self.text_path(caption), {})
 
-    def batches(self, micros: Iterable[Micro], ahead: int = 4) -> Iterator[Batch]:
-        """Read in threads, some micro-batches ahead of their use."""
-        waiting = []
-        with ThreadPoolExecutor(self.loader.num_workers) as pool:
-            for micro in micros:
-                waiting.append([pool.submit(self.read_entry, micro, i) for i in range(len(micro.keys))])
-                if len(waiting) > ahead:
-                    yield _stack([job.result() for job in waiting.pop(0)])
-            for jobs in waiting:
-                yield _stack([job.result() for job in jobs])
+    def batches(self, micros: Iterable[Micro]) -> Iterator[Batch]:
+        for entries in each_ahead(micros, self.read_entry, self.loader.num_workers, ahead=4):
+            yield {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
-    def read_entry(self, micro: Micro, i: int) -> Batch:
-        index, key = micro.indices[i], micro.keys[i]
-        caption = self.caption(index, micro.bucket, key)
-        return read_tensors(self.clip_path(index, micro.bucket, key)) | read_tensors(self.text_path(caption))
-
-
-def _stack(entries: list[Batch]) -> Batch:
-    return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+    def read_entry(self, index: int, bucket: Bucket, key: Key) -> Batch:
+        text_path = self.text_path(self.caption(index, bucket, key))
+        return read_tensors(self.clip_path(index, bucket, key)) | read_tensors(text_path)
 
 
 def read_tensors(path: Path) -> Batch:
@@ -211,16 +199,16 @@ def is_whole(path: Path) -> bool:
 
 
 def content_digests(records: list[Record]) -> list[str]:
-    """A digest of what each record is read from; ValueError for one that does not say."""
-
-    def digest(record: Record) -> str:
-        if not record.content:
-            raise ValueError(f"{record.name} cannot be cached: its Record does not say what its content is")
-        parts = [file_digest(part) if isinstance(part, Path) else part for part in record.content]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
-
+    """A digest of what each record is read from."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(digest, records))
+        return list(pool.map(content_digest, records))
+
+
+def content_digest(record: Record) -> str:
+    if not record.content:  # two such records would be one
+        raise ValueError(f"{record.name} cannot be cached: its Record does not say what its content is")
+    parts = [file_digest(part) if isinstance(part, Path) else part for part in record.content]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -7,7 +7,6 @@ This file may be deleted.
 
 import argparse
 import json
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +18,9 @@ from tqdm import tqdm
 from data import Plan, Record, bucket_at, open_record, sizes_for
 from media import notes, read_image, shown_frames
 from metadata import Entry, scan_metadata
-from runtime import generator, integer
+from runtime import generator, integer, say
+from sample import Parser
+from sizes import check_frames, check_side
 
 
 def check_entry(entry: Entry, plan: Plan, fps: float) -> dict:
@@ -28,30 +29,72 @@ def check_entry(entry: Entry, plan: Plan, fps: float) -> dict:
     returns: file; frames and fps as stored; size; the buckets it may be drawn for; lost: why training would
         lose it, or ""; odd: what one may want to look at
     """
-    found = {"file": str(entry.path), "frames": None, "fps": None, "size": None, "buckets": [], "lost": ""}
-    found["odd"] = odd = [] if entry.caption.strip() else ["no caption"]
+    odd = [] if entry.caption.strip() else ["no caption"]
+    found = {"file": str(entry.path), "frames": None, "fps": None, "size": None, "buckets": []}
+    found |= {"lost": "", "odd": odd}
     try:
         record = open_record(entry, fps)
         sizes = sizes_for(record, plan)
         if not sizes:
             odd.append(f"tiny: it is enlarged to {min(plan.resolutions)}² pixels")
             sizes = [min(plan.resolutions)]
-        found |= {"size": record.size, "buckets": [bucket_at(record, plan, size) for size in sizes]}
+        buckets = [bucket_at(record, plan, size) for size in sizes]
+        found |= {"size": record.size, "buckets": buckets}
         room = bucket_at(replace(record, num_frames=plan.max_frames), plan, sizes[0]).num_frames
         if not entry.is_image and record.num_frames < room:
             odd.append(f"short: {record.num_frames} frames at {fps:g} fps, where {room} have room")
-        for path in filter(None, (entry.path, entry.control)):
-            look = _look_at if entry.is_image else _look_through
-            num_frames, clip_fps, remarks = look(path)
-            if str(path) in notes:
-                remarks.append(notes[str(path)])
-            if path == entry.path:
-                found |= {"frames": num_frames, "fps": clip_fps}
-            odd += [remark if path == entry.path else f"{path}: {remark}" for remark in remarks]
-        _read_as_training_does(record, max(bucket.num_frames for bucket in found["buckets"]))
+        look = _look_at if entry.is_image else _look_through
+        found["frames"], found["fps"], remarks = look(entry.path)
+        odd += remarks
+        if entry.control:
+            _, _, remarks = look(entry.control)
+            odd += [f"{entry.control}: {remark}" for remark in remarks]
+        _read_as_training_does(record, max(bucket.num_frames for bucket in buckets))
     except (ValueError, OSError) as error:
         found["lost"] = str(error)
     return found
+
+
+def _look_at(path: Path) -> tuple[int, None, list[str]]:
+    """(1, no rate, what is odd) of a picture."""
+    odd = ["one flat colour"] if _is_flat(read_image(path)) else []
+    return 1, None, odd + _notes_on(path)
+
+
+def _look_through(path: Path) -> tuple[int, float, list[str]]:
+    """(frames, frames a second, what is odd) of a clip; ValueError if its size changes."""
+    sizes = set()
+    lengths = []  # of its frames, in ms
+    num_damaged = 0
+    is_flat = True
+    for shown in shown_frames(path):
+        pixels = shown.read()
+        sizes.add("{1}x{0}".format(*pixels.shape))
+        lengths.append(1000 * (shown.end - shown.begin))
+        num_damaged += shown.is_damaged
+        is_flat = is_flat and _is_flat(pixels)
+    if len(sizes) > 1:
+        raise ValueError(f"{path} changes its size on the way ({', '.join(sorted(sizes))}); encode it anew")
+    odd = []
+    if num_damaged:
+        odd.append(f"{num_damaged} frames are damaged")
+    known = lengths[:-1] or [0]  # when the last one ends may be a guess
+    if max(known) > 1.5 * min(known) + 11:  # GIF counts in 1/100 s
+        odd.append(f"its rate varies: frames last {min(known):.0f} … {max(known):.0f} ms")
+    if is_flat:
+        odd.append("one flat colour")
+    return len(lengths), round(len(lengths) / shown.end, 3), odd + _notes_on(path)
+
+
+def _is_flat(pixels: np.ndarray) -> bool:
+    """Of one colour; in each channel, as grey alone would not tell red from blue."""
+    rows, columns = (max(1, side // 64) for side in pixels.shape[:2])
+    return int(np.ptp(pixels[::rows, ::columns], axis=(0, 1)).max()) < 16
+
+
+def _notes_on(path: Path) -> list[str]:
+    """What reading it had to remark."""
+    return [notes[str(path)]] if str(path) in notes else []
 
 
 def _read_as_training_does(record: Record, num_frames: int) -> None:
@@ -61,58 +104,30 @@ def _read_as_training_does(record: Record, num_frames: int) -> None:
         for read in filter(None, (record.read, record.read_control)):
             missing = num_frames - len(read(start, num_frames, record.size))
             if missing:
-                raise ValueError(
-                    f"{record.name} ends {missing} frames before its header says; encode it anew"
-                )
-
-
-def _look_at(path: Path) -> tuple[int, None, list[str]]:
-    """(1, no rate, what is odd) of a picture."""
-    return 1, None, ["one flat colour"] * _is_flat(read_image(path))
-
-
-def _look_through(path: Path) -> tuple[int, float, list[str]]:
-    """(frames, frames a second, what is odd) of a clip; ValueError if its size changes."""
-    sizes, gaps, end, num_damaged, is_flat = set(), [], 0.0, 0, True
-    for shown in shown_frames(path):
-        pixels, end = shown.read(), shown.end
-        sizes.add("{1}x{0}".format(*pixels.shape))
-        gaps.append(1000 * (end - shown.begin))
-        num_damaged += shown.is_damaged
-        is_flat = is_flat and _is_flat(pixels)
-    if len(sizes) > 1:
-        raise ValueError(f"{path} changes its size on the way ({', '.join(sorted(sizes))}); encode it anew")
-    odd = [f"{num_damaged} frames are damaged"] if num_damaged else []
-    shortest, longest = min(gaps[:-1], default=0), max(gaps[:-1], default=0)  # the last's end may be a guess
-    if longest > 1.5 * shortest + 11:  # GIF counts in 1/100 s
-        odd.append(f"its rate varies: frames last {shortest:.0f} … {longest:.0f} ms")
-    return len(gaps), round(len(gaps) / end, 3), odd + ["one flat colour"] * is_flat
-
-
-def _is_flat(pixels: np.ndarray) -> bool:
-    """Of one colour; in each channel, as grey alone would not tell red from blue."""
-    rows, columns = (max(1, side // 64) for side in pixels.shape[:2])
-    return int(np.ptp(pixels[::rows, ::columns], axis=(0, 1)).max()) < 16
+                what = f"{record.name} ends {missing} frames before its header says"
+                raise ValueError(f"{what}; encode it anew")
 
 
 def _as_text(file: dict) -> str:
     frames = "1 frame" if file["frames"] == 1 else f"{file['frames'] or '?'} frames"
-    fps = f" at {file['fps']:g} fps" if file["fps"] else ""
-    size, *buckets = ("x".join(map(str, shape)) for shape in (file["size"] or "?", *file["buckets"]))
-    line = f"{file['file']}: {frames}{fps}, {size}, for {', '.join(buckets) or 'nothing'}"
-    return "\n  ".join(
-        [line] + [f"LOST: {file['lost']}"] * bool(file["lost"]) + [f"odd: {x}" for x in file["odd"]]
-    )
+    if file["fps"]:
+        frames += f" at {file['fps']:g} fps"
+    size = _shape(file["size"] or "?")
+    buckets = ", ".join(map(_shape, file["buckets"])) or "nothing"
+    lines = [f"{file['file']}: {frames}, {size}, for {buckets}"]
+    if file["lost"]:
+        lines.append(f"LOST: {file['lost']}")
+    lines += [f"odd: {remark}" for remark in file["odd"]]
+    return "\n  ".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line: 0 if training would lose nothing, 1 if it would lose some, 2 for misuse."""
-    description = "Decode a whole data set, and report what training would lose or one may want to look at."
-    parser = argparse.ArgumentParser("check_data.py", description=description, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.error = lambda text: parser.exit(
-        2, f"check_data.py: error: {' '.join(text.split())}; see --help\n"
-    )
+def _shape(sizes: tuple) -> str:
+    return "x".join(map(str, sizes))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    with_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser("check_data.py", description=__doc__.splitlines()[0], formatter_class=with_defaults)
     add = parser.add_argument
     add("meta", metavar="META", type=Path, help="metadata .json, .jsonl or .csv, or a folder")
     add("--resolutions", type=int, nargs="+", default=list(range(512, 1025, 128)), help="base sizes")
@@ -121,37 +136,40 @@ def main(argv: list[str] | None = None) -> int:
     add("--fps", type=float, default=8.0, help="frames a second training reads at")
     add("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(argv)
-    if bad := [size for size in args.resolutions if size < 16 or size % 16]:
-        parser.error(f"--resolutions {bad[0]} is not a multiple of 16")
-    if args.num_frames < 1 or args.num_frames % 4 != 1:
-        parser.error(f"--num-frames {args.num_frames}; the VAE needs 4k+1, try 49")
-    if args.max_tokens < 1 or not 0.1 <= args.fps <= 1000:
-        parser.error(f"--max-tokens {args.max_tokens} is below 1, or --fps {args.fps:g} outside 0.1 … 1000")
-    plan = Plan(tuple(sorted(args.resolutions)), args.max_tokens, args.max_tokens, args.num_frames)
     try:
-        entries, mistakes, remarks = scan_metadata(args.meta)
-    except OSError as error:
+        check_frames(args.num_frames)
+        for size in args.resolutions:
+            check_side("--resolutions", size)
+        args.entries, args.mistakes, args.remarks = scan_metadata(args.meta)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    if not entries:
-        parser.error(f"{args.meta} cannot be used: {'; '.join(mistakes[:3])}")
+    if not args.entries:
+        parser.error(f"{args.meta} cannot be used: {'; '.join(args.mistakes[:3])}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line: 0 if training would lose nothing, 1 if it would lose some, 2 for misuse."""
+    args = parse(argv)
+    plan = Plan(tuple(sorted(args.resolutions)), args.max_tokens, args.max_tokens, args.num_frames)
     with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(check_entry, entry, plan, args.fps) for entry in entries]
+        jobs = [pool.submit(check_entry, entry, plan, args.fps) for entry in args.entries]
         try:
             files = [job.result() for job in tqdm(jobs, "decoding", unit="file", disable=None)]
         finally:
             pool.shutdown(cancel_futures=True)  # or control-c would wait for all of them
-    num_lost, num_odd = (sum(bool(file[key]) for file in files) for key in ("lost", "odd"))
-    counts = {"samples": len(files), "lost": num_lost, "odd": num_odd, "mistakes": len(mistakes)}
-    lines = [*map(_as_text, files), *(f"{args.meta}: {line}" for line in remarks + mistakes)]
-    lines.append(", ".join(f"{name}: {count}" for name, count in counts.items()))
-    as_json = json.dumps(counts | {"mistakes": mistakes, "remarks": remarks, "files": files}, indent=2)
-    try:
-        print(
-            as_json if args.json else "\n".join(lines).encode(errors="backslashreplace").decode(), flush=True
-        )
-    except BrokenPipeError:  # a reader such as head has seen enough; nothing is left to be said at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return int(bool(num_lost or mistakes))
+    num_lost, num_odd = (sum(bool(file[kind]) for file in files) for kind in ("lost", "odd"))
+    if args.json:
+        report = {"samples": len(files), "lost": num_lost, "odd": num_odd}
+        report |= {"mistakes": args.mistakes, "remarks": args.remarks, "files": files}
+        say(json.dumps(report, indent=2))
+    else:
+        for line in map(_as_text, files):
+            say(line)
+        for line in args.remarks + args.mistakes:
+            say(f"{args.meta}: {line}")
+        say(f"samples: {len(files)}, lost: {num_lost}, odd: {num_odd}, mistakes: {len(args.mistakes)}")
+    return int(num_lost > 0 or len(args.mistakes) > 0)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ ValueError where the contents are at fault. Dimension key: b batch, f frames, h 
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -15,7 +16,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,6 @@ from runtime import chance, generator, integer
 from sizes import Bucket, frames_for, nearest_shape, num_tokens
 
 # ---------------------------------------------------------------- samples: what is known before decoding
-
 
 # (start, num_frames, size) -> uint8 f h w 3; start counts frames at the rate we train at. The size (height,
 # width) is a wish, which a drawing can fulfil; a file comes as it is and is fitted afterwards.
@@ -67,27 +67,22 @@ def open_record(entry: Entry, fps: float) -> Record:
             return lambda start, num_frames, size: read_image(path)[None]
         return lambda start, num_frames, size: read_video(path, num_frames, fps, start / fps)
 
-    def look(path: Path) -> tuple[int, int, int]:
+    def look(path: Path) -> tuple[int, tuple[int, int]]:
+        """Frames at the rate we train at; height, width."""
         if entry.is_image:
-            return 1, *read_image(path).shape[:2]
-        clip = probe_video(
-            path
-        )  # up to the instant of its last frame: how long that lasts is not always said
-        return int((clip.seconds - 1 / clip.fps + MILLISECOND) * fps) + 1, clip.height, clip.width
+            return 1, read_image(path).shape[:2]
+        clip = probe_video(path)
+        last = clip.seconds - 1 / clip.fps  # how long the last frame lasts is not always said
+        return int((last + MILLISECOND) * fps) + 1, (clip.height, clip.width)
 
-    num_frames, *size = look(entry.path)
-    record = Record(
-        str(entry.path),
-        lambda _: entry.caption,
-        num_frames,
-        tuple(size),
-        reader(entry.path),
-        content=(entry.path,) if entry.control is None else (entry.path, entry.control),
-    )
+    name = str(entry.path)
+    num_frames, size = look(entry.path)
+    read = reader(entry.path)
     if entry.control is None:
-        return record
+        return Record(name, lambda _: entry.caption, num_frames, size, read, content=(entry.path,))
     num_frames = min(num_frames, look(entry.control)[0])
-    return replace(record, num_frames=num_frames, read_control=reader(entry.control))
+    content = (entry.path, entry.control)
+    return Record(name, lambda _: entry.caption, num_frames, size, read, reader(entry.control), content)
 
 
 def open_records(entries: list[Entry], fps: float = 8) -> tuple[list[Record], dict[str, str]]:
@@ -112,16 +107,17 @@ def open_files(path: str, held_out_path: str | None, num_held_out: int, fps: flo
     if held_out_path:
         held_out, more = open_records(read_metadata(held_out_path), fps)
         return Files(records, held_out[:num_held_out], failures | more)
-    chosen = set(range(9, len(records), 10)[:num_held_out]) or {len(records) - 1}
-    held_out = [record for i, record in enumerate(records) if i in chosen]
-    return Files([r for i, r in enumerate(records) if i not in chosen] or held_out, held_out, failures)
+    chosen = range(9, len(records), 10)[:num_held_out] or range(len(records))[-1:]
+    held_out = [records[i] for i in chosen]
+    rest = [record for i, record in enumerate(records) if i not in chosen]
+    return Files(rest or held_out, held_out, failures)
 
 
 def draw_files(num_samples: int, num_held_out: int, num_frames: int, seed: int) -> Files:
     """The drawn world of shapes.py. Of ten clips four are square, two each 2:3 and 3:2, one each 1:2 and 2:1.
     A sixth of the samples are pictures, square, as each shape would be micro-batches of its own, and nearly
     empty ones. Held out are the combinations of `shapes.is_held_out`."""
-    import shapes  # here and below, so that shapes.py can be deleted
+    import shapes  # here and in `pixels_of`, so that shapes.py can be deleted
 
     num_pictures = num_samples // 6
     sizes = [(128, 128), (104, 156), (128, 128), (156, 104), (90, 180)]
@@ -129,13 +125,13 @@ def draw_files(num_samples: int, num_held_out: int, num_frames: int, seed: int) 
     clips = shapes.records(num_samples - num_pictures, seed, sizes=sizes, num_frames=num_frames)
     clips += shapes.records(num_pictures, seed + 1, sizes=sizes[:1], num_frames=1)
     unseen = shapes.records(num_held_out, seed + 2, True, sizes, num_frames)
-    return Files(*([shape_record(clip, i) for i, clip in enumerate(part)] for part in (clips, unseen)))
+    return Files([shape_record(clip) for clip in clips], [shape_record(clip) for clip in unseen])
 
 
-def shape_record(clip, number: int = 0) -> Record:
+def shape_record(clip) -> Record:
     """A `shapes.Clip`, which is drawn where it is needed."""
     return Record(
-        name=f"shape {number}: {clip.scene.caption()}",
+        name=clip.scene.caption(),
         caption=clip.scene.caption,
         num_frames=clip.num_frames,
         size=clip.size,
@@ -146,16 +142,15 @@ def shape_record(clip, number: int = 0) -> Record:
 
 
 def digest(records: list[Record]) -> str:
-    """What a list of samples is, wherever its files lie and however the way to them is spelled.
+    """What a list of samples is, wherever its files lie: their names, sizes and captions, in order.
 
-    By names, sizes and captions, in order: a run that goes on with other samples would train on what it had
-    held out.
+    A run that goes on with other samples would train on what it had held out.
     """
     hashed = hashlib.sha256()
     for record in records:
-        parts = [
-            (part.name, part.stat().st_size) if isinstance(part, Path) else part for part in record.content
-        ]
+        parts = []
+        for part in record.content:
+            parts.append((part.name, part.stat().st_size) if isinstance(part, Path) else part)
         hashed.update(repr((parts, record.caption(record.num_frames))).encode(errors="surrogatepass"))
     return hashed.hexdigest()
 
@@ -167,8 +162,8 @@ def caption_report(captions: list[str], tokenizer, max_length: int) -> list[str]
     unknown = collections.Counter(word for caption in captions for word in tokenizer.unknown_words(caption))
     lines = []
     if num_cut:
-        what = f"captions cut to {max_length} tokens: {num_cut} of {len(captions)}"
-        lines.append(f"{what}, the longest has {max(lengths)}")
+        count = f"{num_cut} of {len(captions)}, the longest has {max(lengths)}"
+        lines.append(f"captions cut to {max_length} tokens: {count}")
     if unknown:
         words = ", ".join(f"{word} ({count}x)" for word, count in unknown.most_common(10))
         lines.append(f"words in captions that the model does not know: {len(unknown)}, such as {words}")
@@ -195,7 +190,7 @@ class Plan:
     frames_per_token: int = 1
     num_padding: int = 0  # latent frames in front of a clip, which count: CogVideoX1.5's, see Denoising
     size: tuple[int, int] | None = None  # height, width, where a model takes no other
-    masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(MASK_KINDS))  # none: not drawn
+    masks: dict[str, float] = dataclasses.field(default_factory=MASK_KINDS.copy)  # none: not drawn
     text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
 
 
@@ -207,9 +202,9 @@ def sizes_for(record: Record, plan: Plan) -> list[int]:
 def bucket_at(record: Record, plan: Plan, size: int) -> Bucket:
     """The nearest aspect at a base size, and the frames that fill the token budget, no more than the clip."""
     height, width = plan.size or nearest_shape(size, *record.size)
-    max_frames = min(plan.max_frames, record.num_frames)
-    pairs = plan.frames_per_token, plan.num_padding
-    return Bucket(frames_for(plan.max_tokens, height, width, max_frames, *pairs), height, width)
+    longest = min(plan.max_frames, record.num_frames)
+    frames = frames_for(plan.max_tokens, height, width, longest, plan.frames_per_token, plan.num_padding)
+    return Bucket(frames, height, width)
 
 
 def tokens_of(bucket: Bucket, plan: Plan) -> int:
@@ -234,6 +229,13 @@ class Micro:
     epoch: int
     number: int  # in the epoch's list; with the epoch it decides the noise
     timesteps: Tensor | None = None  # one for each noise, see train.stratified_timesteps
+
+    def places(self) -> list[tuple[int, Bucket, Key]]:
+        """What each sample is made from: its number in the records, its shape, its draws."""
+        return [(index, self.bucket, key) for index, key in zip(self.indices, self.keys)]
+
+
+Batch = dict[str, Tensor]  # a micro-batch encoded, see train_dit.Encoders and cache.py
 
 
 class Epochs:
@@ -268,20 +270,19 @@ class Epochs:
 
     def _micros(self, epoch: int, draw: int, only_full: bool) -> list[Micro]:
         order = generator(self.seed, epoch, "order")
-        members: dict[Bucket, list[int]] = {}
         buckets = self._buckets(draw)
+        members: dict[Bucket, list[int]] = {}
         for index in torch.randperm(len(self.records), generator=order).tolist():
             members.setdefault(buckets[index], []).append(index)
         groups = []
         for bucket, indices in members.items():
             size = max(1, self.plan.batch_tokens // tokens_of(bucket, self.plan))
-            end = len(indices)
-            if only_full and end > size:
-                end = end // size * size
-            groups += [(bucket, indices[i : i + size]) for i in range(0, end, size)]
+            if only_full and len(indices) > size:
+                indices = indices[: len(indices) // size * size]
+            groups += [(bucket, indices[i : i + size]) for i in range(0, len(indices), size)]
         micros = []
-        for number, place in enumerate(torch.randperm(len(groups), generator=order).tolist()):
-            bucket, indices = groups[place]
+        shuffled = torch.randperm(len(groups), generator=order).tolist()
+        for number, (bucket, indices) in enumerate(groups[i] for i in shuffled):
             keys = [(self.seed, draw, self.names[index]) for index in indices]
             micros.append(Micro(bucket, indices, keys, epoch, number))
         return micros
@@ -335,9 +336,8 @@ def bucket_table(micros: list[Micro], plan: Plan) -> str:
         counts.setdefault(micro.bucket, []).append(len(micro.keys))
     lines = ["frames  height x width   tokens  samples  batches  samples a batch"]
     for bucket, sizes in sorted(counts.items()):
-        shape = (
-            f"{bucket.num_frames:6d}  {bucket.height:6d} x {bucket.width:<5d}  {tokens_of(bucket, plan):7d}"
-        )
+        num_frames, height, width = bucket
+        shape = f"{num_frames:6d}  {height:6d} x {width:<5d}  {tokens_of(bucket, plan):7d}"
         lines.append(f"{shape}  {sum(sizes):7d}  {len(sizes):7d}  {max(sizes):15d}")
     return "\n".join(lines)
 
@@ -403,17 +403,16 @@ def pixels_of(samples: list[Sample], device: torch.device) -> Tensor:
     drawings = [one.drawing for one in samples]
     if None in drawings:
         return to_pixels(torch.stack([one.frames for one in samples]).to(device))
-    from shapes import draw  # here, so that shapes.py can be deleted
+    from shapes import draw
 
-    by_length: dict[int, list[int]] = {}
-    for i, (_, _, length) in enumerate(drawings):
-        by_length.setdefault(length, []).append(i)
-    shape = tuple(samples[0].mask.shape)  # f h w
-    frames = torch.empty(len(samples), *shape, 3, dtype=torch.uint8, device=device)
-    for length, places in by_length.items():
-        scenes = [drawings[i][0] for i in places]
-        starts = [drawings[i][1] for i in places]
-        frames[places] = draw(scenes, *shape, starts, length, device)
+    f, h, w = samples[0].mask.shape
+    frames = torch.empty(len(samples), f, h, w, 3, dtype=torch.uint8, device=device)
+    lengths = [length for _, _, length in drawings]
+    for length in set(lengths):  # those of one length are drawn at once
+        rows = [i for i, other in enumerate(lengths) if other == length]
+        scenes = [drawings[i][0] for i in rows]
+        starts = [drawings[i][1] for i in rows]
+        frames[rows] = draw(scenes, f, h, w, starts, length, device)
     return to_pixels(frames)
 
 
@@ -450,7 +449,8 @@ class Loader:
                 count = f"{len(self.failures)} of {self.num_files}"
                 raise ValueError(f"{count} files are broken; repair or remove them:\n  {listed}")
 
-    def load(self, bucket: Bucket, index: int, key: Key, read: Callable):
+    def load(self, index: int, bucket: Bucket, key: Key, read: Callable):
+        """What `read(record, bucket, key)` gives; of the next record that can be read if this one cannot."""
         for step in range(len(self.records)):
             record = self.records[(index + step) % len(self.records)]
             try:  # whether it failed before or not: a resumed run would not know
@@ -461,16 +461,21 @@ class Loader:
         raise ValueError(f"no file that can be read has {bucket.num_frames} frames")
 
     def each(self, micros: Iterable[Micro], read: Callable, ahead: int = 2) -> Iterator[list]:
-        """What `read(record, bucket, key)` gives for the samples of each micro-batch; `ahead` more load."""
-        waiting = collections.deque()
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            try:
-                for micro in micros:
-                    pairs = zip(micro.indices, micro.keys)
-                    waiting.append([pool.submit(self.load, micro.bucket, *pair, read) for pair in pairs])
-                    if len(waiting) > ahead:
-                        yield [job.result() for job in waiting.popleft()]
-                while waiting:
+        """What `load` gives for the samples of each micro-batch."""
+        return each_ahead(micros, functools.partial(self.load, read=read), self.num_workers, ahead)
+
+
+def each_ahead(micros: Iterable[Micro], load: Callable, num_threads: int, ahead: int) -> Iterator[list]:
+    """What `load(index, bucket, key)` gives for the samples of each micro-batch, in order; `ahead` more of
+    them are loaded meanwhile."""
+    waiting = collections.deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for micro in micros:
+                waiting.append([pool.submit(load, *place) for place in micro.places()])
+                if len(waiting) > ahead:
                     yield [job.result() for job in waiting.popleft()]
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            while waiting:
+                yield [job.result() for job in waiting.popleft()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

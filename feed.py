@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import data
-from data import Epochs, Files, Loader, Micro, load_sample
+from data import Batch, Epochs, Files, Loader, Micro, load_sample
 from log import as_time
 from presets import Config, Phase
 from runtime import NUM_RANKS, RANK, say, wait_for_ranks
-from train_dit import Batch, make_cache
 
 
 class Feed:
@@ -21,11 +20,10 @@ class Feed:
     def __init__(self, task, config: Config, files: Files, cache_dir: Path | None, num_workers: int):
         """task: train_dit.Denoising, or train_vae.Reconstruction    cache_dir: of --cache-latents"""
         self.task, self.config, self.files, self.cache_dir = task, config, files, cache_dir
-        self.loader = Loader(files.records, files.failures, num_workers, say=print)
+        self.loader = Loader(files.records, files.failures, num_workers)
         self.held_out_loader = Loader(files.held_out, max_failures=1.0)
         self.cache = None
-        self.digests: list[str] = []  # of the records' contents
-        self.held_out_digests: list[str] = []
+        self.digests, self.held_out_digests = [], []  # of the records' contents
         if cache_dir:
             from cache import content_digests
 
@@ -41,38 +39,39 @@ class Feed:
         self.epochs = Epochs(
             self.files.records, self.plan, config.seed, config.cached_draws, config.keep_on_device, names
         )
-        self.unseen = data.held_out_micros(self.files.held_out, self.plan, config.seed)
+        self.held_out_micros = data.held_out_micros(self.files.held_out, self.plan, config.seed)
         size = phase.global_batch // config.batch_size
         self.steps, ahead = itertools.tee(self.epochs.steps(epoch, number, size))
         mine = (micro for micros in ahead for micro in micros[RANK::NUM_RANKS])
-        if config.cached_draws:
-            self.fill(list(self.epochs.asked(epoch, number, size, num_steps)))
-            self.batches = self.cache.batches(mine)
-        else:
-            self.held_out = list(zip(self.encoded(self.held_out_loader, self.unseen), self.unseen))
+        if not self.cache_dir:
+            held_out = self.encoded(self.held_out_loader, self.held_out_micros)
+            self.held_out = list(zip(held_out, self.held_out_micros))
+        if not config.cached_draws:
             self.batches = self.encoded(self.loader, mine)
+            return
+        began = time.perf_counter()
+        asked = list(self.epochs.asked(epoch, number, size, num_steps))
+        count = self.fill_folder(asked) if self.cache_dir else self.fill_device(asked)
+        say(f"{count} samples encoded in {as_time(time.perf_counter() - began)}")
+        self.task.models.loaded.clear()  # VAE and T5 have done their part
+        wait_for_ranks()
+        self.batches = self.cache.batches(mine)
 
     def encoded(self, loader: Loader, micros: Iterable[Micro]) -> Iterator[Batch]:
         for samples in loader.each(micros, self.read):
             yield self.task.encode(samples)
 
-    def fill(self, asked: list[Micro]) -> None:
-        """Keep what is asked for, and let VAE and T5 go."""
-        began = time.perf_counter()
-        if self.cache_dir:  # opened anew, as its texts are named by what T5 has become
-            self.cache = self.open_cache(self.loader, self.digests)
-            held_out = self.open_cache(self.held_out_loader, self.held_out_digests)
-            count = self.cache.fill(asked[RANK::NUM_RANKS]) + held_out.fill(self.unseen[RANK::NUM_RANKS])
-            wait_for_ranks()
-            self.held_out = list(zip(held_out.batches(self.unseen), self.unseen))
-        else:
-            self.cache = self.cache or self.open_cache(self.loader, [])
-            self.cache.read = self.read
-            count = self.cache.fill(asked)
-            self.held_out = list(zip(self.encoded(self.held_out_loader, self.unseen), self.unseen))
-        say(f"{count} samples encoded in {as_time(time.perf_counter() - began)}")
-        self.task.encoders.free()
+    def fill_folder(self, asked: list[Micro]) -> int:
+        """Each rank makes its part. Opened anew in each phase, as texts are named by what T5 has become."""
+        self.cache = self.task.cache(self.loader, self.plan, self.cache_dir, self.digests)
+        held_out = self.task.cache(self.held_out_loader, self.plan, self.cache_dir, self.held_out_digests)
+        count = self.cache.fill(asked[RANK::NUM_RANKS])
+        count += held_out.fill(self.held_out_micros[RANK::NUM_RANKS])
         wait_for_ranks()
+        self.held_out = list(zip(held_out.batches(self.held_out_micros), self.held_out_micros))
+        return count
 
-    def open_cache(self, loader: Loader, digests: list[str]):
-        return make_cache(self.config, self.cache_dir, digests, self.task, loader, self.plan)
+    def fill_device(self, asked: list[Micro]) -> int:
+        self.cache = self.cache or self.task.cache(self.loader, self.plan, None, [])
+        self.cache.read = self.read
+        return self.cache.fill(asked)

@@ -73,13 +73,13 @@ def _mask_of_kind(kind: str, generator: torch.Generator, f: int, h: int, w: int)
         end = f if kind == "after the start" else f - keep
         mask = (frame >= keep) & (frame < end)
         return mask if mask.any() else ~mask  # two frames have nothing between them: everything
-    if kind == "circle":
-        radius = integer(generator, min(h, w) // 8, min(h, w) // 4)
-        return _disc(generator, h, w, radius, radius)
-    if kind == "ellipse":
-        half_height = integer(generator, min(h, w) // 8, min(h, w) // 4)
-        half_width = integer(generator, min(h, w) // 8, min(h, w) // 4)
-        return _disc(generator, h, w, half_height, half_width)
+    if kind in ("circle", "ellipse"):
+        half_height = half_width = integer(generator, min(h, w) // 8, min(h, w) // 4)
+        if kind == "ellipse":
+            half_width = integer(generator, min(h, w) // 8, min(h, w) // 4)
+        y = (torch.arange(h) - integer(generator, 0, h - 1)) / half_height
+        x = (torch.arange(w) - integer(generator, 0, w - 1)) / half_width
+        return (y**2)[:, None] + x**2 <= 1
     if kind == "box":
         return _box(generator, h, w)
     if kind == "box for a while":
@@ -115,12 +115,6 @@ def _box(generator: torch.Generator, h: int, w: int) -> Tensor:
         place = torch.arange(length)
         inside.append((place >= begin) & (place < begin + side))
     return inside[0][:, None] & inside[1]
-
-
-def _disc(generator: torch.Generator, h: int, w: int, half_height: int, half_width: int) -> Tensor:
-    y = (torch.arange(h) - integer(generator, 0, h - 1)) / half_height
-    x = (torch.arange(w) - integer(generator, 0, w - 1)) / half_width
-    return (y**2)[:, None] + x**2 <= 1
 
 
 # ---------------------------------------------------------------- noise on what is known

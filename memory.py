@@ -9,7 +9,7 @@ All but the activations is plain counting. A GPU takes about half a GiB more for
 to a tenth for gaps between tensors.
 """
 
-import os
+import re
 from pathlib import Path
 
 import torch
@@ -75,11 +75,10 @@ def free_bytes(device: torch.device) -> int | None:
     """Of a GPU, or of this machine; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if os.path.exists("/proc/meminfo"):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = dict(line.split(":") for line in lines)
-        return 1024 * int(found["MemAvailable"].split()[0])
-    return None
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    return 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
 
 
 def gib_used(device: torch.device) -> float:

@@ -34,8 +34,8 @@ def read_metadata(path: str | Path) -> list[Entry]:
     """
     entries, mistakes, remarks = scan_metadata(Path(path))
     if mistakes:
-        lines = mistakes[:100] + [f"and {len(mistakes) - 100} more"] * (len(mistakes) > 100)
-        raise ValueError("\n  ".join([f"{path} cannot be used; mistakes: {len(mistakes)}", *lines]))
+        count = f"{path} cannot be used; mistakes: {len(mistakes)}"
+        raise ValueError("\n  ".join([count, *mistakes[:100]]))
     for remark in remarks:
         say(f"note: {path}: {remark}")
     return entries
@@ -44,53 +44,58 @@ def read_metadata(path: str | Path) -> list[Entry]:
 def scan_metadata(path: Path) -> tuple[list[Entry], list[str], list[str]]:
     """(the samples that can be used, a line for each mistake, a line for what else one should know)"""
     entries: dict[Entry, str] = {}
-    lines: dict[str, list[str]] = {"mistake": [], "remark": []}
-    for kind, where, item in _folder_items(path) if path.is_dir() else _file_items(path):
-        if kind != "sample":
-            lines[kind].append(f"{where}: {item}")
-            continue
-        problems, entry = _to_entry(path, item)
-        lines["mistake"] += [f"{where}: {problem}" for problem in problems]
-        if entry in entries:
-            lines["remark"].append(f"{where}: says the same as {entries[entry]}; it is taken once")
-        elif entry is not None:
-            entries[entry] = where
-    if not entries and not lines["mistake"]:
-        lines["mistake"].append("it lists no samples")
-    return list(entries), lines["mistake"], lines["remark"]
+    mistakes, remarks = [], []
+    is_folder = path.is_dir()
+    for kind, where, item in _folder_items(path) if is_folder else _file_items(path):
+        if kind == "mistake":
+            mistakes.append(f"{where}: {item}")
+        elif kind == "remark":
+            remarks.append(f"{where}: {item}")
+        else:
+            problems, entry = _to_entry(path if is_folder else path.parent, item)
+            mistakes += [f"{where}: {problem}" for problem in problems]
+            if entry in entries:
+                remarks.append(f"{where}: says the same as {entries[entry]}; it is taken once")
+            elif entry:
+                entries[entry] = where
+    if not entries and not mistakes:
+        mistakes.append("it lists no samples")
+    return list(entries), mistakes, remarks
 
 
-Item = tuple[
-    str, str, object
-]  # "sample", where it stands, its fields; or "mistake" or "remark", where, a text
+Item = tuple[str, str, object]  # "sample", where, its fields; or "mistake" or "remark", where, a text
 
 
 def _file_items(path: Path) -> Iterator[Item]:
     must_exist(path)
     ending = path.suffix.lower()
     if ending == ".csv":
-        yield from _csv_items(path)
-        return
-    pieces = path.read_bytes().splitlines() if ending == ".jsonl" else [path.read_bytes()]
-    for number, piece in enumerate(pieces, 1):
-        where = f"line {number}" if ending == ".jsonl" else "the file"
-        if ending == ".jsonl" and not piece.strip():
-            continue
-        try:
-            parsed = json.loads(piece.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            yield "mistake", where, f"not JSON in UTF-8 ({error}); one object a line is .jsonl"
-            continue
-        if ending == ".jsonl":
-            items = [(where, parsed)]
-        elif isinstance(parsed, list):
-            items = [(f"item {number}", item) for number, item in enumerate(parsed, 1)]
-        else:
-            yield "mistake", where, "should be a list […] of objects {…}"
-            continue
-        for where, item in items:
-            is_object = isinstance(item, dict)
-            yield ("sample", where, item) if is_object else ("mistake", where, "should be an object {…}")
+        return _csv_items(path)
+    return _jsonl_items(path) if ending == ".jsonl" else _json_items(path)
+
+
+def _json_items(path: Path) -> Iterator[Item]:
+    kind, where, parsed = _parsed("the file", path.read_bytes())
+    if kind == "mistake":
+        yield kind, where, parsed
+    elif not isinstance(parsed, list):
+        yield "mistake", where, "should be a list […] of objects {…}"
+    else:
+        for number, item in enumerate(parsed, 1):
+            yield "sample", f"item {number}", item
+
+
+def _jsonl_items(path: Path) -> Iterator[Item]:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            yield _parsed(f"line {number}", line)
+
+
+def _parsed(where: str, content: bytes) -> Item:
+    try:
+        return "sample", where, json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return "mistake", where, f"not JSON in UTF-8 ({error}); one object a line is .jsonl"
 
 
 def _csv_items(path: Path) -> Iterator[Item]:
@@ -100,11 +105,8 @@ def _csv_items(path: Path) -> Iterator[Item]:
             for row in reader:
                 where = f"line {reader.line_num}"
                 if None in row:
-                    yield (
-                        "mistake",
-                        where,
-                        "has more fields than the header; put a text with commas in quotes",
-                    )
+                    what = "has more fields than the header; put a text with commas in quotes"
+                    yield "mistake", where, what
                 else:
                     yield "sample", where, {name: value for name, value in row.items() if value is not None}
         except (csv.Error, ValueError) as error:
@@ -112,12 +114,15 @@ def _csv_items(path: Path) -> Iterator[Item]:
 
 
 def _folder_items(folder: Path) -> Iterator[Item]:
-    """Every file is accounted for: a sample, its caption, a mistake, or counted among what is left out."""
-    captions, media, others = {}, {}, {}
+    captions, media, others = {}, {}, {}  # {stem: paths}
     for path in _visible_files(folder):
         ending = path.suffix.lower()
-        kind = captions if ending == ".txt" else media if ending in PICTURE_ENDINGS | CLIP_ENDINGS else others
-        kind.setdefault(path.with_suffix(""), []).append(path)
+        files = others
+        if ending == ".txt":
+            files = captions
+        elif ending in PICTURE_ENDINGS | CLIP_ENDINGS:
+            files = media
+        files.setdefault(path.with_suffix(""), []).append(path)
     for stem, paths in media.items():
         caption = captions.get(stem, [stem.with_suffix(".txt")])[0]
         for path in paths:
@@ -139,10 +144,8 @@ def _folder_items(folder: Path) -> Iterator[Item]:
         yield "mistake", where, f"is the caption of {what}"
     endings = collections.Counter(path.suffix for paths in others.values() for path in paths)
     if endings:
-        counts = ", ".join(
-            f"{count} {ending or 'without ending'}" for ending, count in sorted(endings.items())
-        )
-        yield "remark", "files", f"left out, as they are neither pictures nor clips: {counts}"
+        counts = [f"{count} {ending or 'without ending'}" for ending, count in sorted(endings.items())]
+        yield "remark", "files", f"left out, as they are neither pictures nor clips: {', '.join(counts)}"
 
 
 def _visible_files(folder: Path) -> list[Path]:
@@ -158,28 +161,28 @@ def _visible_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _to_entry(metadata: Path, item: dict) -> tuple[list[str], Entry | None]:
-    """(what is wrong with an item, the entry it stands for)"""
+def _to_entry(folder: Path, item: object) -> tuple[list[str], Entry | None]:
+    """(what is wrong with an item, the entry it stands for); folder: that its paths start from"""
+    if not isinstance(item, dict):
+        return ["should be an object {…}"], None
     problems = []
-    item = {name: value for name, value in item.items() if value != "" or name in ("file_path", "text")}
-    for field in ("file_path", "text", "type", "control_file_path"):
-        if field not in item and field in ("file_path", "text"):
-            problems.append(f"{field} is missing")
-        elif not isinstance(item.get(field, ""), str):
-            problems.append(f"{field} = {json.dumps(item[field])[:80]} should be a string")
-    kind = item.get("type")
-    if isinstance(kind, str) and kind not in ("video", "image"):
+    fields = {name: value for name, value in item.items() if value != "" or name == "text"}
+    for name in ("file_path", "text", "type", "control_file_path"):
+        if not isinstance(fields.get(name, ""), str):
+            problems.append(f"{name} = {json.dumps(fields.pop(name))[:80]} should be a string")
+        elif name not in fields and name in ("file_path", "text"):
+            problems.append(f"{name} is missing")
+    kind = fields.get("type")
+    if kind not in (None, "video", "image"):
         problems.append(f'type = "{kind}" should be "video" or "image"')
-    paths = {}
-    for field in ("file_path", "control_file_path"):
-        if isinstance(item.get(field), str):
-            paths[field] = path = (metadata if metadata.is_dir() else metadata.parent) / item[field]
-            if not path.is_file():
-                problems.append(f"{field}: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
-            elif kind is None:
-                kind = "video" if is_clip(path) else "image"
-            elif kind in ("video", "image") and is_clip(path) != (kind == "video"):
-                problems.append(f"{field}: {path} is no {kind}, as its type says")
+    paths = {name: folder / fields[name] for name in ("file_path", "control_file_path") if name in fields}
+    for name, path in paths.items():
+        if not path.is_file():
+            problems.append(f"{name}: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+        elif kind is None:
+            kind = "video" if is_clip(path) else "image"
+        elif kind in ("video", "image") and is_clip(path) != (kind == "video"):
+            problems.append(f"{name}: {path} is no {kind}, as its type says")
     if problems:
         return problems, None
-    return [], Entry(paths["file_path"], item["text"], kind == "image", paths.get("control_file_path"))
+    return [], Entry(paths["file_path"], fields["text"], kind == "image", paths.get("control_file_path"))

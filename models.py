@@ -126,6 +126,12 @@ class Models:
                 del self.loaded[name]
             self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
 
+    def load(self, name: str) -> nn.Module:
+        """One network, which stays in memory until it is taken from `loaded`."""
+        if name not in self.loaded:
+            self.loaded[name] = self._load(name)
+        return self.loaded[name]
+
     @torch.inference_mode(False)  # what is kept can be trained afterwards
     def _load(self, name: str) -> nn.Module:
         if name == "text_encoder":  # if it goes again at once, its layers need not be in memory together

@@ -6,9 +6,7 @@ Weights are named component/key, transformer/proj_out.weight for instance. They 
 """
 
 import contextlib
-import itertools
 import math
-import operator
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -78,34 +76,32 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """All of one shape at once: of a small network launching is what takes the time."""
+        """Many of one shape at once: of a small network launching is what takes the time."""
         [group] = self.param_groups
-        shape = operator.attrgetter("shape")
-        learning = sorted((param for param in group["params"] if param.grad is not None), key=shape)
-        for _, alike in itertools.groupby(learning, shape):
-            while params := list(
-                itertools.islice(alike, 8 if NUM_RANKS > 1 else 64)
-            ):  # whole, they take memory
-                updates = orthogonal(torch.stack(self.momenta(params)).flatten(2))
-                updates *= 0.2 * max(updates.shape[1:]) ** 0.5  # to AdamW's root mean square
-                updates = [cut_like(p, update.view(p.shape)) for p, update in zip(params, updates)]
-                weights = [local(param) for param in params]
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_sub_(weights, [local(update) for update in updates], alpha=group["lr"])
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for param in group["params"]:
+            if param.grad is not None:
+                by_shape.setdefault(param.shape, []).append(param)
+        many = 8 if NUM_RANKS > 1 else 64  # whole, they take memory
+        for alike in by_shape.values():
+            for i in range(0, len(alike), many):
+                self._step(alike[i : i + many], group)
 
-    def momenta(self, params: list[Tensor]) -> list[Tensor]:
-        """Nesterov's, whole, in float32."""
-        [group] = self.param_groups
+    def _step(self, params: list[Tensor], group: dict) -> None:
+        momentum = group["momentum"]
         for param in params:
             if not self.state[param]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(param.grad)
         gradients = [param.grad for param in params]
         averages = [self.state[param]["momentum_buffer"] for param in params]
-        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        return [
-            whole(momentum).float()
-            for momentum in torch._foreach_lerp(gradients, averages, group["momentum"])
-        ]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        directions = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov's
+        updates = orthogonal(torch.stack([whole(one).float() for one in directions]).flatten(2))
+        updates *= 0.2 * max(updates.shape[1:]) ** 0.5  # to AdamW's root mean square
+        parts = [local(cut_like(p, update.view(p.shape))) for p, update in zip(params, updates)]
+        weights = [local(param) for param in params]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(weights, parts, alpha=group["lr"])
 
 
 # ---------------------------------------------------------------- all of it together
@@ -134,42 +130,37 @@ class Optim:
                 param.data = param.data.clone()  # not a view of the file it was loaded from
 
         tables = {m.weight for top in modules.values() for m in top.modules() if isinstance(m, nn.Embedding)}
-        matrices, sharded, others = {}, {}, {}  # one fused AdamW cannot have both of the latter
-        for name, param in self.params.items():
+        matrices, sharded, others = [], [], []  # one fused AdamW cannot have both of the latter
+        for param in self.params.values():
             if optimizer == "muon" and param.ndim > 1 and param not in tables:
-                matrices[name] = param
+                matrices.append(param)
             elif is_cut(param):
-                sharded[name] = param
+                sharded.append(param)
             else:
-                others[name] = param
-        self.optimizers = []
-        self.moments: dict[str, dict] = {}
-        for members in (others, sharded):
-            if members:
-                adamw = torch.optim.AdamW(
-                    members.values(), weight_decay=weight_decay, eps=adam_eps, fused=True
-                )
-                self._add(adamw, members)
+                others.append(param)
+        self.optimizers: list[torch.optim.Optimizer] = []
+        for params in filter(None, (others, sharded)):
+            adamw = torch.optim.AdamW(params, weight_decay=weight_decay, eps=adam_eps, fused=True)
+            self.optimizers.append(adamw)
         if matrices:
-            self._add(Muon(matrices.values(), weight_decay), matrices)
+            self.optimizers.append(Muon(matrices, weight_decay))
+        names = {param: name for name, param in self.params.items()}
+        self.moments: dict[str, dict] = {}
+        for one in self.optimizers:
+            for param in one.param_groups[0]["params"]:
+                self.moments[names[param]] = one.state[param]
         self.ema = {}
         if ema_decay:
             self.ema = {name: param.detach().clone() for name, param in self.params.items()}
-
-    def _add(self, optimizer: torch.optim.Optimizer, members: dict[str, Tensor]) -> None:
-        self.optimizers.append(optimizer)
-        for name, param in members.items():
-            self.moments[name] = optimizer.state[param]
 
     def inherit(self, before: "Optim") -> None:
         """Moments and average of the phase before; what learns no more becomes its average."""
         for name, param in before.params.items():
             if name in self.params:
                 self.moments[name].update(before.moments[name])
-            if name in self.params and before.ema:
-                self.ema[name] = before.ema[name]
-            if name not in self.params and before.ema:
+            elif before.ema:
                 param.data.copy_(before.ema[name])
+        self.ema |= {name: average for name, average in before.ema.items() if name in self.params}
 
     def grad_norm(self) -> Tensor:
         """The length of the whole gradient, averaged over ranks; still on the device."""

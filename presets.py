@@ -1,6 +1,6 @@
 """What a run is: its settings, and the presets that --preset and --train choose from.
 
-A new preset goes into `PRESETS`; each field can be changed by a flag of train.py or by --set FIELD=VALUE.
+A new preset goes into `PRESETS`. Each field can be changed by a flag of train.py or by --set FIELD=VALUE.
 Report: CogVideoX-Fun v1 (token lengths, phases); reference: CogVideoX-Fun README_TRAIN.md, scripts/train.sh.
 """
 
@@ -29,7 +29,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings the numbers of a run depend on. Each can be changed by a flag or by --set FIELD=VALUE."""
+    """All settings the numbers of a run depend on."""
 
     phases: tuple[Phase, ...]
     train: str = "dit"  # or "vae"
@@ -38,7 +38,7 @@ class Config:
     batch_size: int = 1  # clips of max_tokens in a micro-batch; global_batch / batch_size of them are a step
     noises_per_clip: int = 1  # with a timestep each: encoding a clip may cost more than a small transformer
     timestep_shift: float = 1.0  # above 1: more of the noisy timesteps, see `stratified_timesteps`
-    masks: dict[str, float] = field(default_factory=lambda: dict(MASK_KINDS))  # kinds and their shares
+    masks: dict[str, float] = field(default_factory=MASK_KINDS.copy)  # kinds and their shares
     text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
     motion_sub_loss: float = 0.0  # share of the loss that is of motion alone, see `denoising_losses`
     optimizer: str = "adamw"  # or "muon": that for matrices, AdamW for vectors and tables, see optim.py
@@ -115,7 +115,6 @@ TINY = Config(
     keep_on_device=True,
     save_dtype="bfloat16",
     compile_on_gpu=True,
-    num_shapes=20_000,
     dit=TransformerConfig(
         in_channels=33,
         num_attention_heads=4,

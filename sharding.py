@@ -21,8 +21,8 @@ def place(
     for param in dit.parameters():
         is_frozen_matrix = not param.requires_grad and param.ndim > 1
         param.data = param.data.to("cpu" if offload else device, dtype if is_frozen_matrix else torch.float32)
-    for name, buffer in dit.named_buffers():
-        dit.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer.to(device))
+    for buffer in dit.buffers():
+        buffer.data = buffer.data.to(device)
     if offload or (NUM_RANKS > 1 and not replicate):
         shard(dit, device, offload)
 

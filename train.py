@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,8 +61,8 @@ from vae import VideoVAE
 # ---------------------------------------------------------------- the folder of a run
 
 
-def make_component(name: str, config: Config, out: Path) -> bool:
-    """OUT/name with fresh weights; False if the preset has no config for it."""
+def make_component(name: str, config: Config, out: Path) -> None:
+    """OUT/name with fresh weights; ValueError if the preset has no config for it."""
     if name == "transformer":
         VideoTransformer(config.dit).save_pretrained(out)
     elif name == "scheduler":
@@ -74,27 +75,26 @@ def make_component(name: str, config: Config, out: Path) -> bool:
     elif name == "text_encoder" and config.t5:
         T5Encoder(config.t5).save_pretrained(out)
     elif name == "tokenizer" and config.t5:
-        (out / name).mkdir()
-        import shapes  # here and below, so that shapes.py can be deleted
+        from shapes import make_tokenizer  # here, so that shapes.py can be deleted
 
-        shapes.make_tokenizer().save(str(out / name / "tokenizer.json"))
+        (out / name).mkdir()
+        make_tokenizer().save(str(out / name / "tokenizer.json"))
         notes = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 24}
         notes |= {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
         (out / name / "tokenizer_config.json").write_text(json.dumps(notes) + "\n")
     else:
-        return False
-    return True
+        raise ValueError(f"there is no {name}/ to start from; give a --model that has one")
 
 
 def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch: bool) -> None:
     """OUT as a complete checkpoint before the first step: the folders of --model, what it lacks made anew.
 
-    from_scratch: make the component that is trained anew in any case
-    raises ValueError if something is lacking for which the preset has no config
+    from_scratch: new weights for the component that learns, even where --model has it
     """
     torch.manual_seed(config.seed)
     learns = {"dit": "transformer", "vae": "vae"}[config.train]
-    if model_dir and (t5_file := model_dir / "text_encoder" / "config.json").is_file():  # as wide as its text
+    t5_file = model_dir and model_dir / "text_encoder" / "config.json"
+    if t5_file and t5_file.is_file():  # a new transformer is as wide as its text
         width = checkpoint.read_config(T5Config, t5_file).d_model
         config = replace(config, dit=replace(config.dit, text_embed_dim=width))
     for name in checkpoint.COMPONENTS:
@@ -103,8 +103,7 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
         if model_dir and (model_dir / name).is_dir() and not (from_scratch and name == learns):
             checkpoint.link(model_dir / name, out / name)
         elif config.train == "dit" or name == learns:
-            if not make_component(name, config, out):
-                raise ValueError(f"there is no {name}/ to start from; give a --model that has one")
+            make_component(name, config, out)
     checkpoint.write_model_index(out, model_dir, config.in_channels)
 
 
@@ -116,16 +115,20 @@ class Counters:
     step: int = 0  # of the phase
     total_steps: int = 0
     epoch: int = 0
-    batch: int = 0  # of the epoch, the next to be used
+    batch: int = 0  # of the epoch: the micro-batch that is next
     log_bytes: int = 0  # length of log.jsonl
 
     def advance(self, micros: list[Micro], phases: tuple[Phase, ...]) -> None:
         """Behind a step, and into the next phase (with an epoch of its own) where this one ends."""
         self.step += 1
         self.total_steps += 1
-        self.epoch, self.batch = micros[-1].epoch, micros[-1].number + 1
+        self.epoch = micros[-1].epoch
+        self.batch = micros[-1].number + 1
         if self.step == phases[self.phase].num_steps and self.phase + 1 < len(phases):
-            self.phase, self.step, self.epoch, self.batch = self.phase + 1, 0, self.epoch + 1, 0
+            self.phase += 1
+            self.step = 0
+            self.epoch += 1
+            self.batch = 0
 
 
 STATE_VERSION = 2  # 1 drew the noise of each sample by itself
@@ -159,8 +162,10 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
     for name, value in settings.items():
         before = state["settings"].get(name, value)  # a checkpoint may be older than a setting
         if value != before:
-            raise ValueError(f"{newest} was trained with {name} = {before}, now it is {value}; repeat the "
-                             "settings to resume, or start a new run from it with --model")  # fmt: skip
+            raise ValueError(
+                f"{newest} was trained with {name} = {before}, now it is {value}; "
+                "repeat the settings to resume, or start a new run from it with --model"
+            )
     say(f"resuming from {newest}")
     if RANK == 0:
         checkpoint.publish(out, newest, options.keep)  # the kill may have come between saving and this
@@ -181,16 +186,15 @@ def save(run: Run, keep: int, task, optim: Optim, is_lora: bool) -> None:
             checkpoint.save_weights(training, folder / "training", "state")
             (folder / "training" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         with optim.averaged():
-            weights = task.dit.state_dict() if hasattr(task, "dit") else {}
-            weights = gather({name: w for name, w in weights.items() if not is_lora or ".lora_" in name})
+            weights = gather(task.weights())
             if RANK == 0:
                 task.save(folder, weights)
     wait_for_ranks()  # as torchrun ends all when one has ended, also one that is still writing
     say(f"saved step {at.total_steps} in {out / 'checkpoints'}")
 
 
-def shorten(out: Path, dtype: torch.dtype) -> None:
-    """Round the weights in OUT, which is what is used from now on; checkpoints keep theirs."""
+def round_weights(out: Path, dtype: torch.dtype) -> None:
+    """Those in OUT, which is what is used from now on; checkpoints keep all digits."""
     for network, name in ((VideoTransformer, "transformer"), (VideoVAE, "vae"), (T5Encoder, "text_encoder")):
         if (out / name).is_dir():
             network.from_pretrained(out, dtype).save_pretrained(out)
@@ -257,7 +261,9 @@ def deal_timesteps(micros: list[Micro], config: Config, step: int) -> int:
 def check_finite(numbers: list[float], step: int, micros: list[Micro], records: list[Record]) -> None:
     if not all(map(math.isfinite, numbers)):
         names = [records[index].name for micro in micros for index in micro.indices]
-        shown = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
+        shown = ", ".join(names[:32])
+        if len(names) > 32:
+            shown += f" and {len(names) - 32} more"
         raise ValueError(
             f"step {step}: loss or gradient is not finite; the weights are untouched. "
             f"Lower --lr, or look at the files of this batch: {shown}"
@@ -273,7 +279,8 @@ def train(task, config: Config, options: argparse.Namespace, run: Run, feed: Fee
     steps_left = sum(phase.num_steps for phase in config.phases[at.phase :]) - at.step
     num_steps = min(options.num_steps or math.inf, at.total_steps + steps_left)
     log = Log(out / "log.jsonl", at.log_bytes, num_steps)
-    optim, stop = None, False
+    optim = None
+    stop = False
 
     while at.total_steps < num_steps and not stop:
         phase = config.phases[at.phase]
@@ -284,7 +291,8 @@ def train(task, config: Config, options: argparse.Namespace, run: Run, feed: Fee
             validate(task, optim, feed, log, 0)  # where it starts
 
         for micros in feed.steps:  # the same list on every rank
-            start, waited = time.perf_counter(), 0.0
+            start = time.perf_counter()
+            waited = 0.0
             count = deal_timesteps(micros, config, at.total_steps)
             loss = torch.zeros((), device=task.device)
             for micro in micros[RANK::NUM_RANKS]:
@@ -305,9 +313,7 @@ def train(task, config: Config, options: argparse.Namespace, run: Run, feed: Fee
 
             loss, stop = sum_over_ranks(torch.tensor([loss, len(signals)], dtype=torch.float64)).tolist()
             seconds = time.perf_counter() - start
-            num_tokens = sum(
-                data.tokens_of(micro.bucket, feed.plan) * len(micro.timesteps) for micro in micros
-            )
+            num_tokens = sum(data.tokens_of(m.bucket, feed.plan) * len(m.timesteps) for m in micros)
             log.step(at.total_steps + 1, at.phase + 1, seconds, loss=loss, grad_norm=norm, lr=lr,
                      tokens_per_s=num_tokens / seconds, wait=waited / seconds,
                      gib=memory.gib_used(task.device))  # fmt: skip
@@ -324,7 +330,7 @@ def train(task, config: Config, options: argparse.Namespace, run: Run, feed: Fee
                 break
         feed.batches.close()
     if config.save_dtype and not stop and RANK == 0:
-        shorten(out, getattr(torch, config.save_dtype))
+        round_weights(out, getattr(torch, config.save_dtype))
     return bool(stop)
 
 
@@ -336,8 +342,8 @@ def validate(task, optim: Optim, feed: Feed, log: Log, step: int) -> None:
 
 def preview(task, optim: Optim, feed: Feed, path: Path, options: argparse.Namespace) -> None:
     """Some held-out samples, as the averaged weights make them: PATH-0.gif and .png, …"""
-    for micro in feed.unseen[: options.num_previews]:
-        shown = feed.held_out_loader.load(micro.bucket, micro.indices[0], micro.keys[0], feed.read)
+    for micro in feed.held_out_micros[: options.num_previews]:
+        shown = feed.held_out_loader.load(*micro.places()[0], feed.read)
         with optim.averaged(), torch.compiler.set_stance("force_eager"):
             frames = task.preview(shown, options.preview_steps)
         name = f"{path}-{micro.number}"
@@ -378,11 +384,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--from-scratch", action="store_true", help="new weights for what learns, even where --model has it")
     add("--out", type=Path, help="folder to write; default runs/PRESET or runs/PRESET-vae")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    phases = "; ".join(
-        f"{name} {', '.join(f'{i}: {p.max_tokens} tokens' for i, p in enumerate(preset['dit'].phases, 1))}"
-        for name, preset in PRESETS.items()
-    )
-    add("--phase", type=positive, default=1, help=f"the phase to start with, of {phases}")
+    add("--phase", type=positive, default=1, help="the one to start with, of those in presets.py")
     add("--num-steps", type=positive, help="stop after so many steps in all; else behind the last phase")
     add = parser.add_argument_group("in place of the preset's values; they change the numbers").add_argument
     add("--phase-steps", type=positive, nargs="+", help="steps of each phase")
@@ -390,11 +392,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=positive, help="tokens of a clip, in every phase")
     add("--lr", type=float, nargs="+", help="constant learning rate; or first and last of half a cosine")
     add("--grad-accum", type=positive, help="micro-batches in a step")
-    add(
-        "--batch-size",
-        type=positive,
-        help="clips of max-tokens in a micro-batch; more where they are smaller",
-    )
+    add("--batch-size", type=positive, help="clips of max-tokens in a micro-batch; more of smaller ones")
     add("--num-frames", type=positive, dest="max_frames", help="most frames of a clip")
     add("--fps", type=float, help="frames a second to read files at; 8, for CogVideoX1.5 16, if not given")
     add("--lora-rank", type=positive, help=f"learn LoRA of this rank: OUT/{LORA}, for sample.py --lora")
@@ -447,9 +445,8 @@ def set_field(config, assignment: str):
     except ValueError:
         value = text
     hint = typing.get_type_hints(type(config))[first]
-    kinds = typing.get_args(hint) or (hint,)
-    if typing.get_origin(hint) is dict:
-        kinds = (dict,)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [typing.get_origin(kind) or kind for kind in kinds]  # list of list[int]
     if type(value) is int and float in kinds:
         value = float(value)
     if type(value) not in kinds:
@@ -458,26 +455,22 @@ def set_field(config, assignment: str):
     return replace(config, **{first: value})
 
 
-def start_of(config: Config, args: argparse.Namespace) -> TransformerConfig:
-    """Of the transformer before it is trained, or grown."""
-    file = args.model and Path(args.model) / "transformer" / "config.json"
-    if args.from_scratch or not file or not file.is_file():
-        return config.dit
-    return checkpoint.read_config(TransformerConfig, file)
-
-
 def make_config(args: argparse.Namespace) -> Config:
     """The preset with the command line's changes; ValueError for what cannot be."""
     config = PRESETS[args.preset][args.train]
     for assignment in args.set:
         config = set_field(config, assignment)
-    names = {f.name for f in dataclasses.fields(Config)} - {"phases", "train"}
+    names = {f.name for f in dataclasses.fields(Config)}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     if args.masks:
         given["masks"] = {kind: MASK_KINDS[kind] for kind in args.masks}
     config = replace(config, **given)
     if config.fps is None:
-        config = replace(config, fps=native_fps(start_of(config, args)))
+        dit = config.dit
+        file = args.model and args.model / "transformer" / "config.json"
+        if file and file.is_file() and not args.from_scratch:
+            dit = checkpoint.read_config(TransformerConfig, file)
+        config = replace(config, fps=native_fps(dit))
     if args.cache_latents:
         config = replace(config, cached_draws=config.cached_draws or 4, keep_on_device=False)  # 4: not tuned
 
@@ -533,7 +526,7 @@ def check_config(config: Config, args: argparse.Namespace) -> None:
 def make_task(
     config: Config, options: argparse.Namespace, device: torch.device, dtype: torch.dtype, files: data.Files
 ):
-    """What learns, placed where it computes."""
+    """What learns; check the samples against it, and say which words of theirs it will not see."""
     if config.train == "vae":
         from train_vae import Reconstruction  # here, so that train_vae.py can be deleted
 
@@ -542,7 +535,7 @@ def make_task(
     check_records(files.records + files.held_out, task.kind)
     captions = sorted({record.caption(record.num_frames) for record in files.records})
     length = task.dit.config.max_text_seq_length
-    for line in data.caption_report(captions, task.encoders.tokenizer, length):
+    for line in data.caption_report(captions, task.models.tokenizer, length):
         say(line)
     task.dit.activation_checkpointing = options.activation_checkpointing
     if options.compile or (config.compile_on_gpu and device.type == "cuda"):
@@ -559,6 +552,9 @@ def check_records(records: list[Record], kind: str) -> None:
             raise ValueError(f"an image-to-video model learns from clips alone; remove {record.name}")
 
 
+SAME_SIGNAL = 2.0  # seconds: timeout and torchrun send theirs twice, which must not interrupt the save
+
+
 def run_command(argv: list[str] | None, signals: list[int]) -> bool:
     """The command line; returns whether a signal ended it."""
     options = parse(argv)
@@ -573,9 +569,9 @@ def run_command(argv: list[str] | None, signals: list[int]) -> bool:
     if not files.records or not files.held_out:
         raise ValueError("there are no samples to train on")
     settings = {"dtype": str(dtype)[6:], **dataclasses.asdict(config)}
-    for name, records in (("training", files.records), ("held-out", files.held_out)):
-        settings[f"digest of the {name} samples"] = data.digest(records)[:16]  # not how the way is spelled
-    settings = json.loads(json.dumps(settings))
+    settings["digest of the training samples"] = data.digest(files.records)[:16]
+    settings["digest of the held-out samples"] = data.digest(files.held_out)[:16]
+    settings = json.loads(json.dumps(settings))  # as a checkpoint gives them back
     if RANK > 0:
         wait_for_ranks()  # until rank 0 has made the folder ready
     run = begin_or_resume(config, settings, options)
@@ -583,7 +579,7 @@ def run_command(argv: list[str] | None, signals: list[int]) -> bool:
         wait_for_ranks()
     task = make_task(config, options, device, dtype, files)
     if config.train == "dit":
-        models = sample.load_models(options.out, dtype, device)
+        models = sample.load_models(options.out, dtype, device)  # each alone, as none is kept
         say(memory.describe(task.dit, models, config, config.phases[run.at.phase :], options.offload))
         place(task.dit, device, dtype, config.replicate, options.offload)
     feed = Feed(task, config, files, options.cache_latents, options.num_workers)
@@ -600,12 +596,16 @@ def run_command(argv: list[str] | None, signals: list[int]) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """0 at the end, 2 with one line on stderr for an error, 128 + n after signal n."""
     signals: list[int] = []
+    first_at = 0.0
 
     def stop(number: int, _) -> None:
-        if signals:
-            raise KeyboardInterrupt  # the second time at once
+        nonlocal first_at
+        if not signals:
+            first_at = time.monotonic()
+            say("saving after this step …")
+        elif time.monotonic() - first_at > SAME_SIGNAL:
+            raise KeyboardInterrupt  # asked once more: at once
         signals.append(number)
-        say("saving after this step …")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     store = runtime.join_ranks()

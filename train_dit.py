@@ -4,13 +4,13 @@
     masked clip, control clip or first picture ─VAE─► condition ────────────────┼─► velocity ─► loss
     captions ─T5─► text ────────────────────────────────────────────────────────┘
 
-What is shown beside the noisy latents follows from the kind of model, see transformer.model_kind. Encoding
+What is shown beside the noisy latents follows from the kind of model, see kinds.model_kind. Encoding
 (`Encoders`) needs no transformer and the losses (`Denoising.losses`) no VAE, so a cache fits in between.
 Reference: CogVideoX-Fun scripts/train.py; for image models CogVideo's finetune/.
 Dimension key: b batch, c channels, f frames, h w height and width, L text tokens, d text width.
 """
 
-import contextlib
+import copy
 import functools
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,21 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
 import data
 import sample
-from data import PICTURE_DROP, Key, Loader, Micro, Plan, Sample, load_sample, pixels_of
+from data import PICTURE_DROP, Batch, Key, Loader, Micro, Plan, Sample, load_sample, pixels_of
 from diffusion import Schedule
 from inpaint import add_reference_noise, draw_noise_sigma, encode_masked, join_condition
 from kinds import is_cogvideox15, max_num_frames, model_kind, native_size, num_padding
 from media import to_pixels, to_uint8
 from presets import Config, Phase
 from runtime import chance, generator
-from text_encoder import T5Encoder, Tokenizer
-from transformer import TransformerConfig, VideoTransformer, grow_input_channels
-from vae import VAEConfig, VideoVAE, sample_first_picture, sample_posterior
+from text_encoder import T5Encoder
+from transformer import VideoTransformer, grow_input_channels
+from vae import sample_first_picture, sample_posterior
 
-Batch = dict[str, Tensor]  # a micro-batch as tensors, see Encoders and cache.py
 BANDS = (100, 300, 500, 700, 900)  # timesteps validated at: the middles of five bands
 LORA = "lora.safetensors"
 
@@ -68,69 +66,35 @@ def denoising_losses(
 
 
 class Encoders:
-    """The frozen VAE and T5, each loaded when it is first asked and let go by `free`."""
+    """What the frozen VAE and T5 of `models` make of samples; each is loaded when it is first asked."""
 
-    def __init__(
-        self,
-        model_dir: Path,
-        config: TransformerConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        stream: bool = False,
-    ):
-        """config: of the transformer, which decides what it is shown
-        stream: T5's layers are read from the disk at each call, for a few large calls before training
-        """
-        self.model_dir, self.config, self.dtype, self.device = model_dir, config, dtype, device
-        self.stream = stream
-        self.kind = model_kind(config)
-        self.tokenizer = Tokenizer.from_pretrained(model_dir)
-
-    @functools.cached_property
-    def vae(self) -> VideoVAE:
-        vae = VideoVAE.from_pretrained(self.model_dir, self.dtype, self.device).requires_grad_(False)
-        with contextlib.suppress(ModuleNotFoundError):  # so that vae_fast.py can be deleted
-            import vae_fast
-
-            vae_fast.speed_up(vae)
-        return vae
-
-    @functools.cached_property
-    def t5(self) -> T5Encoder:
-        t5 = T5Encoder.from_pretrained(self.model_dir, self.dtype, self.device, stream=self.stream)
-        return t5.requires_grad_(False)
-
-    def loaded(self) -> dict[str, nn.Module]:
-        """Those in memory, under the names of sample.Models."""
-        names = {"vae": "vae", "t5": "text_encoder"}
-        return {theirs: vars(self)[ours] for ours, theirs in names.items() if ours in vars(self)}
-
-    def free(self) -> None:
-        for name in ("vae", "t5"):
-            vars(self).pop(name, None)
+    def __init__(self, models: sample.Models):
+        self.models, self.config, self.device = models, models.config, models.device
+        self.kind = models.kind
 
     def ids(self, captions: list[str]) -> Tensor:
         """b L"""
-        return self.tokenizer(captions, self.config.max_text_seq_length).to(self.device)
+        return self.models.tokenizer(captions, self.config.max_text_seq_length).to(self.device)
 
     @torch.no_grad()
     def texts(self, captions: list[str]) -> Tensor:
         """b L d"""
-        return self.t5(self.ids(captions))
+        return self.models.load("text_encoder")(self.ids(captions))
 
     @torch.no_grad()
     def clips(self, samples: list[Sample]) -> Batch:
         """Samples of one shape: posteriors of the clips b 32 f' h' w', means and then log-variances, and what
         the model is shown beside the noisy latents: the control clip's, the first picture's (b 32 1 h' w',
         and zero b where it is dropped), or what `encode_masked` gives."""
+        vae = self.models.load("vae")
         pixels = pixels_of(samples, self.device)
-        batch = {"latents": torch.cat(self.vae.moments(pixels), dim=1)}
+        batch = {"latents": torch.cat(vae.moments(pixels), dim=1)}
         if self.kind == "control":
             control = to_pixels(torch.stack([one.control for one in samples]).to(self.device))
-            batch["control"] = torch.cat(self.vae.moments(control), dim=1)
+            batch["control"] = torch.cat(vae.moments(control), dim=1)
         if self.kind == "image":
             first = [self.blurred(p, one.key) for p, one in zip(pixels[:, :, :1], samples)]
-            batch["picture"] = torch.cat(self.vae.moments(torch.stack(first)), dim=1)
+            batch["picture"] = torch.cat(vae.moments(torch.stack(first)), dim=1)
             zero = [chance(generator(*one.key, "picture"), PICTURE_DROP) for one in samples]
             batch["zero"] = torch.tensor(zero, device=self.device)
         if self.kind == "inpaint":
@@ -138,7 +102,7 @@ class Encoders:
                 pixels = torch.stack([self.blurred(p, one.key) for p, one in zip(pixels, samples)])
             mask = torch.stack([one.mask for one in samples])[:, None].to(self.device)
             zero = torch.tensor([one.zero_if_all_masked for one in samples], device=self.device)
-            batch |= encode_masked(self.vae, pixels, mask, zero)
+            batch |= encode_masked(vae, pixels, mask, zero)
         return batch
 
     def blurred(self, pixels: Tensor, key: Key) -> Tensor:
@@ -163,8 +127,8 @@ class Denoising:
         self.kind = model_kind(self.dit.config)
         if config.in_channels not in (None, self.dit.config.in_channels):
             if self.kind != "text":
-                raise ValueError(f"{model_dir} is of kind {self.kind}; only a text model of 16 channels is "
-                                 "grown by --in-channels")  # fmt: skip
+                what = f"{model_dir} is of kind {self.kind}"
+                raise ValueError(f"{what}; only a text model of 16 channels is grown by --in-channels")
             grow_input_channels(self.dit, config.in_channels)
             self.kind = model_kind(self.dit.config)
         if config.lora_rank:
@@ -181,11 +145,10 @@ class Denoising:
             # AdamW would enlarge to whole steps, other ones with each number of ranks.
             for block in self.dit.transformer_blocks:
                 block.attn1.norm_k.bias.requires_grad_(False)
-        vae_dir = checkpoint.component_dir(model_dir, "vae")
-        self.vae_config = checkpoint.read_config(VAEConfig, vae_dir / "config.json")
-        self.schedule = Schedule.from_pretrained(model_dir)
-        stream = bool(config.cached_draws)
-        self.encoders = Encoders(model_dir, self.dit.config, dtype, device, stream)
+        # With a cache T5 is asked a few times before the first step: its layers are read from the disk.
+        self.models = sample.load_models(model_dir, dtype, device, keep=not config.cached_draws)
+        self.models.config = self.dit.config  # as it has grown
+        self.encoders = Encoders(self.models)
         self.t5 = None  # where it learns
 
     def plan(self, phase: Phase) -> Plan:
@@ -208,7 +171,7 @@ class Denoising:
 
     def begin(self, phase: Phase) -> dict[str, nn.Module]:
         """What learns in a phase, by component."""
-        self.encoders.free()  # T5 may have become another in the last one; it is read anew
+        self.models.loaded.clear()  # T5 may have become another in the last one; it is read anew
         if not phase.train_text:
             self.t5 = None
             return {"transformer": self.dit}
@@ -241,7 +204,7 @@ class Denoising:
         inputs = latents, noise, timesteps, text, condition
         dit = self.dit if torch.is_grad_enabled() else self.in_turn
         with self.autocast():
-            return denoising_losses(dit, self.schedule, *inputs, self.config.motion_sub_loss)
+            return denoising_losses(dit, self.models.schedule, *inputs, self.config.motion_sub_loss)
 
     def in_turn(self, noisy: Tensor, timesteps: Tensor, text: Tensor, condition: Tensor | None) -> Tensor:
         """The transformer's velocities; large clips one by one, as the bands of validation take more memory
@@ -261,11 +224,11 @@ class Denoising:
         if self.kind == "inpaint":
             shown = {name: batch[name] for name in ("masked", "known", "zero")}
             noise = self.normal(shown["masked"].chunk(2, dim=1)[0].shape, draws)
-            return join_condition(**shown, noise=noise, config=self.vae_config).float()
+            return join_condition(**shown, noise=noise, config=self.models.vae_config).float()
         if self.kind == "image":
             mean, logvar = batch["picture"].chunk(2, dim=1)
             noise = self.normal(mean.shape, draws)
-            picture = sample_first_picture(mean, logvar, noise, self.vae_config).float()
+            picture = sample_first_picture(mean, logvar, noise, self.models.vae_config).float()
             picture = picture * ~batch["zero"][:, None, None, None, None]
             return F.pad(picture, (0, 0, 0, 0, 0, num_frames - 1))  # zeros in all other frames
         return None
@@ -283,7 +246,7 @@ class Denoising:
     def sampled(self, moments: Tensor, draws: torch.Generator) -> Tensor:
         """Scaled latents b 16 f' h' w', fp32, from means and log-variances b 32 f' h' w'."""
         mean, logvar = moments.chunk(2, dim=1)
-        return sample_posterior(mean, logvar, self.normal(mean.shape, draws), self.vae_config).float()
+        return sample_posterior(mean, logvar, self.normal(mean.shape, draws), self.models.vae_config).float()
 
     def normal(self, shape: Iterable[int], draws: torch.Generator) -> Tensor:
         return torch.randn(tuple(shape), generator=draws, device=self.device)
@@ -301,11 +264,8 @@ class Denoising:
 
     def preview(self, shown: Sample, num_steps: int):
         """A video from the caption (and control, or first picture) of a sample, uint8 f h w 3."""
-        models = sample.load_models(self.model_dir, self.dtype, self.device)
-        models.config = self.dit.config
-        models.loaded = {
-            "transformer": self.dit
-        } | self.encoders.loaded()  # what else is needed comes and goes
+        models = copy.copy(self.models)
+        models.loaded = models.loaded | {"transformer": self.dit}
         if self.t5:
             models.loaded["text_encoder"] = self.t5
         f, height, width = shown.mask.shape
@@ -317,41 +277,42 @@ class Denoising:
         with self.autocast():
             return sample.generate(models, shown.caption, **settings)
 
-    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """What learnt, with the transformer's gathered `state`; all else stays the files it was."""
+    def weights(self) -> dict[str, Tensor]:
+        """What learnt of the transformer; it may be cut over ranks."""
+        weights = self.dit.state_dict()
+        if self.config.lora_rank:
+            weights = {name: weight for name, weight in weights.items() if ".lora_" in name}
+        return weights
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """weights: as `weights` gives them, but whole. All that did not learn stays the files it was."""
         if self.config.lora_rank:
             from lora import save_lora
 
-            save_lora(self.dit, folder / LORA, state)
+            save_lora(self.dit, folder / LORA, weights)
         else:
-            self.dit.save_pretrained(folder, state=state)
+            self.dit.save_pretrained(folder, state=weights)
         if self.t5:
             self.t5.save_pretrained(folder)
 
+    def cache(self, loader: Loader, plan: Plan, folder: Path | None, digests: list[str]):
+        """Where encoded samples are kept: in `folder`, or on the device; digests: of the records' contents"""
+        from cache import DeviceCache, DiskCache, files_digest  # so that it can be deleted
 
-# ---------------------------------------------------------------- what is encoded once
-
-
-def make_cache(
-    config: Config, folder: Path | None, digests: list[str], task: Denoising, loader: Loader, plan: Plan
-):
-    """Where encoded samples are kept: `folder`, with the digests of the records' contents; or the device."""
-    from cache import DeviceCache, DiskCache, files_digest  # so that it can be deleted
-
-    read = functools.partial(load_sample, plan=plan)
-    encoding = loader, read, task.encoders.clips, task.encode_texts
-    if folder is None:
-        return DeviceCache(*encoding, device=task.device)
-    weights = {name: files_digest(task.model_dir / name) for name in ("vae", "text_encoder", "tokenizer")}
-    dit = task.dit.config
-    text_settings = (weights["tokenizer"], dit.max_text_seq_length)
-    if not task.t5:  # while it learns, ids are all there is to keep
-        text_settings += (weights["text_encoder"], str(task.dtype))
-    shown = (task.kind, dit.add_noise_in_inpaint_model, config.masks, plan.text_only, data.TEXT_ONLY)
-    return DiskCache(
-        *encoding,
-        folder=folder,
-        settings=(weights["vae"], str(task.dtype), config.fps, *shown),
-        text_settings=text_settings,
-        digests=digests,
-    )
+        read = functools.partial(load_sample, plan=plan)
+        encoding = loader, read, self.encoders.clips, self.encode_texts
+        if folder is None:
+            return DeviceCache(*encoding, device=self.device)
+        dit = self.dit.config
+        text_settings = (files_digest(self.model_dir / "tokenizer"), dit.max_text_seq_length)
+        if not self.t5:  # while it learns, ids are all there is to keep
+            text_settings += (files_digest(self.model_dir / "text_encoder"), str(self.dtype))
+        vae = files_digest(self.model_dir / "vae")
+        shown = (self.kind, dit.add_noise_in_inpaint_model, self.config.masks, plan.text_only, data.TEXT_ONLY)
+        return DiskCache(
+            *encoding,
+            folder=folder,
+            settings=(vae, str(self.dtype), self.config.fps, *shown),
+            text_settings=text_settings,
+            digests=digests,
+        )

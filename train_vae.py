@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Micro, Plan, Sample, pixels_of
+from data import Batch, Micro, Plan, Sample, pixels_of
 from media import to_uint8
 from presets import Config, Phase
 from runtime import generator
@@ -31,8 +31,13 @@ def reconstruction_losses(pixels: Tensor, target: Tensor) -> Tensor:
     error = pixels.float() - target.float()
     chroma = error - error.mean(1, keepdim=True)
     colorful = (target - target.mean(1, keepdim=True)).abs().mean(1, keepdim=True)  # 0 … 8/9
-    terms = [error.abs(), error.square(), 0.25 * error.diff(dim=3).abs(), 0.25 * error.diff(dim=4).abs()]
-    terms.append((1 + 4.5 * colorful) * chroma.square())
+    terms = [
+        error.abs(),
+        error.square(),
+        0.25 * error.diff(dim=3).abs(),
+        0.25 * error.diff(dim=4).abs(),
+        (1 + 4.5 * colorful) * chroma.square(),
+    ]
     return sum(term.mean((1, 2, 3, 4)) for term in terms)
 
 
@@ -50,7 +55,7 @@ class Reconstruction:
         self.vae.encoder.requires_grad_(not config.keep_encoder)
         self.scaling_factor = self.vae.config.scaling_factor  # of the latents that are kept
         self.vae.config.scaling_factor = 1.0  # until it is measured, see `save`
-        self.held_out: list[Tensor] = []
+        self.held_out: list[Tensor] = []  # pixels of the last validation, for `save` to measure on
 
     def plan(self, phase: Phase) -> Plan:
         batch_tokens = self.config.batch_size * phase.max_tokens
@@ -59,11 +64,11 @@ class Reconstruction:
     def begin(self, phase: Phase) -> dict[str, nn.Module]:
         return {"vae": self.vae}
 
-    def encode(self, samples: list[Sample]) -> dict[str, Tensor]:
+    def encode(self, samples: list[Sample]) -> Batch:
         """Of this task a micro-batch is nothing but pixels, b 3 f h w."""
         return {"pixels": pixels_of(samples, self.device)}
 
-    def losses(self, batch: dict[str, Tensor], micro: Micro) -> Tensor:
+    def losses(self, batch: Batch, micro: Micro) -> Tensor:
         """Reconstruction, decoded in Fun's chunks, + KL a latent number + EQ: b."""
         pixels = batch["pixels"]
         draws = generator(self.config.seed, micro.epoch, micro.number, "noise", device=self.device)
@@ -87,28 +92,32 @@ class Reconstruction:
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         with self.autocast():
-            return self.vae.encode(pixels.to(self.device)).float()
+            return self.vae.encode(pixels).float()
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
         with self.autocast():
             return self.vae.decode(self.latents(pixels)).float().clamp(-1, 1)
 
-    def validate(self, held_out: list[tuple[dict[str, Tensor], Micro]]) -> dict[str, float]:
+    def validate(self, held_out: list[tuple[Batch, Micro]]) -> dict[str, float]:
         """PSNR in dB on held-out samples, the mean over all of them and over each size."""
         self.held_out = [batch["pixels"] for batch, _ in held_out]
-        found: dict[str, list[float]] = {"psnr": []}
+        found: dict[str, list[float]] = {}
         for pixels in self.held_out:
             mse = (self.reconstruct(pixels) - pixels).square().mean()
             psnr = (10 * torch.log10(4 / mse)).item()
-            found["psnr"].append(psnr)
-            found.setdefault(f"psnr_{pixels.shape[3]}x{pixels.shape[4]}", []).append(psnr)
-        return {size: sum(values) / len(values) for size, values in sorted(found.items())}
+            height, width = pixels.shape[3:]
+            for name in ("psnr", f"psnr_{height}x{width}"):
+                found.setdefault(name, []).append(psnr)
+        return {name: sum(values) / len(values) for name, values in sorted(found.items())}
 
     def preview(self, shown: Sample, num_steps: int):
         """A sample above its reconstruction, uint8 f h w 3."""
         pixels = self.encode([shown])["pixels"]
         return to_uint8(torch.cat([pixels, self.reconstruct(pixels)], dim=3)[0])
+
+    def weights(self) -> dict[str, Tensor]:
+        return {}  # none are cut over ranks
 
     def save(self, folder: Path, _) -> None:
         """With a scaling factor that gives the latents of the held-out samples a standard deviation of 1."""

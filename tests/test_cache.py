@@ -69,7 +69,7 @@ def cache_for(task: train_dit.Denoising, records: list, folder: Path | None, pla
     """As in a run; folder: None for the device."""
     loader = data.Loader(records, num_workers=2, say=lambda line: None)
     digests = cache.content_digests(records)
-    return train_dit.make_cache(task.config, folder, digests, task, loader, plan)
+    return task.cache(loader, plan, folder, digests)
 
 
 def micros_of(records: list, num_epochs: int = 2, num_draws: int = 2) -> list[Micro]:
@@ -104,7 +104,7 @@ def test_the_networks_are_let_go_before_the_first_step(tmp_path, clips, monkeypa
 
     def watched(self, batch, micro):
         if micro.epoch != data.VALIDATION:
-            loaded.append({"vae", "t5"} & vars(self.encoders).keys())
+            loaded.append(dict(self.models.loaded))
         return losses(self, batch, micro)
 
     monkeypatch.setattr(train_dit.Denoising, "losses", watched)

@@ -343,7 +343,7 @@ def test_a_broken_file_is_named_once_and_replaced_by_the_next_that_is_long_enoug
     assert set(loader.failures) == {"3", "4"}
     long = [record(9, 32, 32, "7", lambda start, n, size: np.full((n, *size, 3), 7, np.uint8))]
     loader = data.Loader([still("0", fails=True), still("1"), *long], say=said.append)
-    sample = loader.load(Bucket(9, 32, 32), 0, (0, 0, 0), read_still)
+    sample = loader.load(0, Bucket(9, 32, 32), (0, 0, 0), read_still)
     assert len(sample.frames) == 9 and number_of(sample) == 7
 
 

@@ -292,6 +292,7 @@ def test_a_kill_leaves_the_last_checkpoint_to_resume_from(whole, half, moment, m
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(torch.get_num_threads())  # mends the pool before two threads do
             monkeypatch.setattr(moment, kill)
             run(half, "--num-steps", 6, "--resume")
         finally:
@@ -316,15 +317,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(half, monkeypatch, c
 
 
 def test_a_signal_saves_and_stops(whole, half, monkeypatch):
-    def rate_and_terminate(*args):  # called in every step
-        os.kill(os.getpid(), signal.SIGTERM)
-        return learning_rate(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", rate_and_terminate)
+        patch.setattr(train, "learning_rate", rate_and_terminate_twice)
         assert run(half, "--num-steps", 6, "--resume") == 128 + signal.SIGTERM
     assert newest_checkpoint(half).name == "step-000004"
     assert_goes_on_as(whole, half)
+
+
+def rate_and_terminate_twice(*args):
+    """Called in every step; `timeout` and torchrun send their signal twice."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return learning_rate(*args)
+
+
+def test_a_later_signal_ends_at_once(half, monkeypatch, capsys):
+    monkeypatch.setattr(train, "SAME_SIGNAL", -1.0)
+    monkeypatch.setattr(train, "learning_rate", rate_and_terminate_twice)
+    assert run(half, "--num-steps", 6, "--resume") == 2
+    assert "interrupted" in capsys.readouterr().err
+    assert newest_checkpoint(half).name == "step-000003"
 
 
 def test_what_a_run_leaves_can_be_rounded_and_its_checkpoint_goes_on_from_all_digits(tmp_path):
@@ -640,7 +652,7 @@ def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkey
     shown, _ = train.sample.encode_known(models, request, known, torch.zeros)
     assert_close(condition, shown, 1e-6)
     assert condition.shape == latents.shape
-    whole = task.encoders.vae.encode(pixels_of([one], torch.device("cpu")))
+    whole = task.models.load("vae").encode(pixels_of([one], torch.device("cpu")))
     is_padded = model == IMAGE_15
     assert latents.shape[2] == 3 + is_padded
     assert_close(latents[:, :, is_padded:], whole, 1e-6)
