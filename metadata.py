@@ -59,7 +59,8 @@ def scan_metadata(path: Path) -> tuple[list[Entry], list[str], list[str]]:
             elif entry:
                 entries[entry] = where
     if not entries and not mistakes:
-        mistakes.append("it lists no samples")
+        what = "there is no clip or picture with a .txt of its name" if is_folder else "it lists no samples"
+        mistakes.append(what)
     return list(entries), mistakes, remarks
 
 

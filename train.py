@@ -29,6 +29,7 @@ import sys
 import time
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,7 +55,7 @@ from runtime import NUM_RANKS, RANK, gather, generator, say, sum_over_ranks, wai
 from sharding import place
 from sizes import check_frames, check_side
 from text_encoder import T5Config, T5Encoder
-from train_dit import LORA, Denoising
+from train_dit import Denoising
 from transformer import CHECKPOINTING, TransformerConfig, VideoTransformer
 from vae import VideoVAE
 
@@ -62,19 +63,19 @@ from vae import VideoVAE
 
 
 def make_component(name: str, config: Config, out: Path) -> None:
-    """OUT/name with fresh weights; ValueError if the preset has no config for it."""
+    """OUT/name with fresh weights."""
     if name == "transformer":
         VideoTransformer(config.dit).save_pretrained(out)
     elif name == "scheduler":
         Schedule(config.schedule).save_pretrained(out)
-    elif name == "vae" and config.vae:
+    elif name == "vae":
         vae = VideoVAE(config.vae)
         # A sharp posterior to start with: at a standard deviation of one the decoder would see only noise.
         vae.encoder.conv_out.conv.bias.data[config.vae.latent_channels :] = -6
         vae.save_pretrained(out)
-    elif name == "text_encoder" and config.t5:
+    elif name == "text_encoder":
         T5Encoder(config.t5).save_pretrained(out)
-    elif name == "tokenizer" and config.t5:
+    elif name == "tokenizer":
         from shapes import make_tokenizer  # here, so that shapes.py can be deleted
 
         (out / name).mkdir()
@@ -82,8 +83,11 @@ def make_component(name: str, config: Config, out: Path) -> None:
         notes = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 24}
         notes |= {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
         (out / name / "tokenizer_config.json").write_text(json.dumps(notes) + "\n")
-    else:
-        raise ValueError(f"there is no {name}/ to start from; give a --model that has one")
+
+
+def can_make(name: str, config: Config) -> bool:
+    needs = {"vae": config.vae, "text_encoder": config.t5, "tokenizer": config.t5}
+    return needs.get(name, True) is not None
 
 
 def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch: bool) -> None:
@@ -97,12 +101,19 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
     if t5_file and t5_file.is_file():  # a new transformer is as wide as its text
         width = checkpoint.read_config(T5Config, t5_file).d_model
         config = replace(config, dit=replace(config.dit, text_embed_dim=width))
+    wanted = checkpoint.COMPONENTS if config.train == "dit" else (learns,)
+    there = [name for name in checkpoint.COMPONENTS if model_dir and (model_dir / name).is_dir()]
+    if from_scratch and learns in there:
+        there.remove(learns)
+    for name in wanted:  # all are looked at before the first is made
+        if name not in there and not can_make(name, config):
+            raise ValueError(f"there is no {name}/ to start from; give a --model that has one")
     for name in checkpoint.COMPONENTS:
         if (out / name).exists():
             shutil.rmtree(out / name)
-        if model_dir and (model_dir / name).is_dir() and not (from_scratch and name == learns):
+        if name in there:
             checkpoint.link(model_dir / name, out / name)
-        elif config.train == "dit" or name == learns:
+        elif name in wanted:
             make_component(name, config, out)
     checkpoint.write_model_index(out, model_dir, config.in_channels)
 
@@ -144,6 +155,24 @@ class Run:
     newest: Path | None  # the checkpoint to go on from
 
 
+def differences(before: dict, now: dict) -> Iterator[str]:
+    """What is set otherwise than before. At a constant rate the last phase may become longer."""
+    for name, value in now.items():
+        old = before.get(name, value)  # a checkpoint may be older than a setting
+        if name != "phases" or len(old) != len(value):
+            if value != old:
+                yield f"{name} = {old}, now it is {value}"
+            continue
+        for i, (phase_before, phase) in enumerate(zip(old, value), 1):
+            may_grow = i == len(value) and phase["lr"] == phase["final_lr"]
+            for field, setting in phase.items():
+                was = phase_before[field]
+                if field == "num_steps" and may_grow and setting > was:
+                    continue
+                if setting != was:
+                    yield f"{field} of phase {i} = {was}, now it is {setting}"
+
+
 def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace) -> Run:
     """The start of a run, with OUT made ready, or where its newest checkpoint is."""
     out, model_dir = options.out, options.model
@@ -151,6 +180,11 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
     if not newest:
         if model_dir and out.resolve() == model_dir.resolve():
             raise ValueError(f"--out {out} is the folder to start from; choose another")
+        if config.lora_rank and model_dir and (model_dir / checkpoint.LORA).is_file():
+            raise ValueError(f"{model_dir} is a base model with a LoRA, which would be left out; go on "
+                             f"with --resume and --out {model_dir}, or give the base model")  # fmt: skip
+        if options.resume:
+            say(f"note: there is no checkpoint in {out}; a new run begins")
         if RANK == 0:
             begin_folder(out, model_dir, config, options.from_scratch)
         return Run(out, settings, Counters(phase=options.phase - 1), None)
@@ -159,13 +193,9 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
     state = checkpoint.read_json(newest / "training" / "state.json")
     if state.get("version") != STATE_VERSION:
         raise ValueError(f"{newest} is of an earlier version; start a new run from it with --model")
-    for name, value in settings.items():
-        before = state["settings"].get(name, value)  # a checkpoint may be older than a setting
-        if value != before:
-            raise ValueError(
-                f"{newest} was trained with {name} = {before}, now it is {value}; "
-                "repeat the settings to resume, or start a new run from it with --model"
-            )
+    for difference in differences(state["settings"], settings):
+        raise ValueError(f"{newest} was trained with {difference}; repeat the settings to resume, "
+                         "or start a new run from it with --model")  # fmt: skip
     say(f"resuming from {newest}")
     if RANK == 0:
         checkpoint.publish(out, newest, options.keep)  # the kill may have come between saving and this
@@ -242,6 +272,8 @@ def describe(task, phase: Phase, config: Config, optim: Optim, feed: Feed, epoch
         f"{phase.num_steps} steps at resolutions {resolutions}, up to {phase.max_tokens} tokens and "
         f"{plan.max_frames} frames; the shapes of the epoch:\n{data.bucket_table(micros, plan)}"
     )
+    if 2 * config.warmup_steps > phase.num_steps:
+        say(f"note: the rate warms up over {config.warmup_steps} steps, see --set warmup_steps=N")
     if plan.size:
         length = native_size(task.dit.config)[2]
         others = sum(len(micro.keys) for micro in micros if micro.bucket.num_frames != length)
@@ -376,9 +408,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="train.py", description=description, allow_abbrev=False, formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="tiny", help="settings to start from, see Config")
+    add("--preset", choices=list(PRESETS), help="see presets.py; tiny, if there is no --model")
     add("--train", choices=["dit", "vae"], default="dit", help="what learns")
-    add("--data", default="shapes", help="metadata .json, .jsonl or .csv, a folder, or shapes: a drawn world")
+    add("--data", help="metadata .json, .jsonl or .csv, a folder, or shapes, for the tiny presets")
     add("--val-data", help="held-out samples; else some of --data")
     add("--model", help="folder or hub id to start from; what it lacks is made from the preset")
     add("--from-scratch", action="store_true", help="new weights for what learns, even where --model has it")
@@ -387,7 +419,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--phase", type=positive, default=1, help="the one to start with, of those in presets.py")
     add("--num-steps", type=positive, help="stop after so many steps in all; else behind the last phase")
     add = parser.add_argument_group("in place of the preset's values; they change the numbers").add_argument
-    add("--phase-steps", type=positive, nargs="+", help="steps of each phase")
+    add("--phase-steps", type=positive, nargs="+", help="steps of each phase; fewer numbers: fewer phases")
     add("--resolutions", type=positive, nargs="+", help="base sizes, in every phase")
     add("--max-tokens", type=positive, help="tokens of a clip, in every phase")
     add("--lr", type=float, nargs="+", help="constant learning rate; or first and last of half a cosine")
@@ -395,7 +427,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive, help="clips of max-tokens in a micro-batch; more of smaller ones")
     add("--num-frames", type=positive, dest="max_frames", help="most frames of a clip")
     add("--fps", type=float, help="frames a second to read files at; 8, for CogVideoX1.5 16, if not given")
-    add("--lora-rank", type=positive, help=f"learn LoRA of this rank: OUT/{LORA}, for sample.py --lora")
+    add("--lora-rank", type=positive, help="learn LoRA of this rank; sample.py --lora OUT uses it")
     add("--lora-alpha", type=float, help="how much it counts, as alpha/rank; the rank if not given")
     add("--in-channels", type=positive, help="grow a text model: 33 to an inpaint, 32 to a control model")
     add("--masks", nargs="+", choices=list(MASK_KINDS), metavar="KIND",
@@ -421,6 +453,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num-previews", type=int, default=3)
     add("--preview-steps", type=positive, default=25, help="sampling steps of a preview")
     args = parser.parse_args(argv)
+    if not args.preset and args.model:
+        raise ValueError(f"--model needs a --preset, whose settings fit it: {', '.join(PRESETS)}")
+    args.preset = args.preset or "tiny"
+    if not args.data and not args.preset.startswith("tiny"):
+        raise ValueError("give --data, a folder of clips with captions for instance; or shapes, drawn ones")
+    args.data = args.data or "shapes"
     args.out = args.out or Path("runs") / (args.preset + ("-vae" if args.train == "vae" else ""))
     if not args.model and args.preset.startswith("tiny") and args.train == "dit":
         args.model = f"runs/{args.preset}-vae"  # what --train vae makes
@@ -498,7 +536,8 @@ def check_config(config: Config, args: argparse.Namespace) -> None:
     """What would stop a run late, or make it other than asked."""
     check_frames(config.max_frames)
     if args.phase > len(config.phases):
-        raise ValueError(f"--phase {args.phase}: {args.preset} has {len(config.phases)}")
+        remedy = "; --phase-steps takes a number for each, from the first on" if args.phase_steps else ""
+        raise ValueError(f"--phase {args.phase}: there are {len(config.phases)}{remedy}")
     if args.lr and len(args.lr) > 2:
         raise ValueError(f"--lr takes one number or two, the first and the last, not {len(args.lr)}")
     for phase in config.phases:
@@ -519,8 +558,10 @@ def check_config(config: Config, args: argparse.Namespace) -> None:
         raise ValueError("--lora-rank fine-tunes a transformer as it is; leave out --in-channels")
     if config.lora_alpha and not config.lora_rank:
         raise ValueError(f"--lora-alpha {config.lora_alpha} needs --lora-rank; give it, or leave both out")
-    if not set(config.masks) <= set(MASK_KINDS):
-        raise ValueError(f"masks are some of {', '.join(MASK_KINDS)}, each with its share")
+    shares = config.masks.values()
+    are_numbers = all(type(share) in (int, float) and 0 <= share < math.inf for share in shares)
+    if not set(config.masks) <= set(MASK_KINDS) or not are_numbers or sum(shares) == 0:
+        raise ValueError(f"masks are some of {', '.join(MASK_KINDS)}, each with its share, not all 0")
 
 
 def make_task(
@@ -586,7 +627,7 @@ def run_command(argv: list[str] | None, signals: list[int]) -> bool:
     stopped = train(task, config, options, run, feed, signals)
     following = f"sample.py PROMPT --model {options.out}"
     if config.lora_rank:
-        following += f" --lora {options.out / LORA}"
+        following += f" --lora {options.out / checkpoint.LORA}"
     if config.train == "vae":
         following = f"train.py --preset {options.preset} --model {options.out}"
     say(f"{'stopped' if stopped else 'done'}: {run.at.total_steps} steps; now python {following}")

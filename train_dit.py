@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoint
 import data
 import sample
 from data import PICTURE_DROP, Batch, Key, Loader, Micro, Plan, Sample, load_sample, pixels_of
@@ -34,7 +35,6 @@ from transformer import VideoTransformer, grow_input_channels
 from vae import sample_first_picture, sample_posterior
 
 BANDS = (100, 300, 500, 700, 900)  # timesteps validated at: the middles of five bands
-LORA = "lora.safetensors"
 
 
 def denoising_losses(
@@ -289,7 +289,7 @@ class Denoising:
         if self.config.lora_rank:
             from lora import save_lora
 
-            save_lora(self.dit, folder / LORA, weights)
+            save_lora(self.dit, folder / checkpoint.LORA, weights)
         else:
             self.dit.save_pretrained(folder, state=weights)
         if self.t5:

@@ -58,7 +58,7 @@ def files(folder: Path) -> dict[Path, tuple]:
 
 
 def task_and_records(clips: Path, model: Path = INPAINT, *options: str) -> tuple[train_dit.Denoising, list]:
-    argv = ["--model", str(model), "--cache-latents", "unused", *options]
+    argv = ["--preset", "tiny", "--model", str(model), "--cache-latents", "unused", *options]
     config = train.make_config(train.parse(argv))
     task = train_dit.Denoising(config, model, torch.device("cpu"), torch.float32)
     task.begin(config.phases[2])

@@ -20,7 +20,7 @@ import sample
 import train
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--model", str(GOLDENS / "fun-2b-inp"), *"--data shapes --num-val 2".split()]
+SMALL = ["--model", str(GOLDENS / "fun-2b-inp"), *"--preset tiny --data shapes --num-val 2".split()]
 SMALL += "--resolutions 32 --max-tokens 12 --batch-size 2 --grad-accum 2 --num-previews 0".split()
 SMALL += "--preview-steps 1 --num-workers 1 --lr 1e-4 --dtype float32 --device cpu".split()
 SET = "--set num_shapes=24 warmup_steps=1 ema_decay=0.5 cached_draws=0 keep_on_device=false".split()
