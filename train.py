@@ -27,9 +27,6 @@ import shutil
 import signal
 import sys
 import time
-import types
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,7 +47,7 @@ from kinds import native_fps, native_size
 from log import Log
 from media import write_video
 from optim import Optim, clip_norm, learning_rate
-from presets import PRESETS, Config, Phase
+from presets import PRESETS, Config, Phase, set_field
 from runtime import NUM_RANKS, RANK, gather, generator, say, sum_over_ranks, wait_for_ranks
 from sharding import place
 from sizes import check_frames, check_side
@@ -85,11 +82,6 @@ def make_component(name: str, config: Config, out: Path) -> None:
         (out / name / "tokenizer_config.json").write_text(json.dumps(notes) + "\n")
 
 
-def can_make(name: str, config: Config) -> bool:
-    needs = {"vae": config.vae, "text_encoder": config.t5, "tokenizer": config.t5}
-    return needs.get(name, True) is not None
-
-
 def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch: bool) -> None:
     """OUT as a complete checkpoint before the first step: the folders of --model, what it lacks made anew.
 
@@ -105,8 +97,10 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
     there = [name for name in checkpoint.COMPONENTS if model_dir and (model_dir / name).is_dir()]
     if from_scratch and learns in there:
         there.remove(learns)
+    makes = {"transformer": config.dit, "scheduler": config.schedule, "vae": config.vae}
+    makes |= {"text_encoder": config.t5, "tokenizer": config.t5}
     for name in wanted:  # all are looked at before the first is made
-        if name not in there and not can_make(name, config):
+        if name not in there and makes[name] is None:
             raise ValueError(f"there is no {name}/ to start from; give a --model that has one")
     for name in checkpoint.COMPONENTS:
         if (out / name).exists():
@@ -155,22 +149,13 @@ class Run:
     newest: Path | None  # the checkpoint to go on from
 
 
-def differences(before: dict, now: dict) -> Iterator[str]:
-    """What is set otherwise than before. At a constant rate the last phase may become longer."""
-    for name, value in now.items():
-        old = before.get(name, value)  # a checkpoint may be older than a setting
-        if name != "phases" or len(old) != len(value):
-            if value != old:
-                yield f"{name} = {old}, now it is {value}"
-            continue
-        for i, (phase_before, phase) in enumerate(zip(old, value), 1):
-            may_grow = i == len(value) and phase["lr"] == phase["final_lr"]
-            for field, setting in phase.items():
-                was = phase_before[field]
-                if field == "num_steps" and may_grow and setting > was:
-                    continue
-                if setting != was:
-                    yield f"{field} of phase {i} = {was}, now it is {setting}"
+def by_field(settings: dict) -> dict:
+    """The same with each field of each phase under a name of its own."""
+    named = {name: value for name, value in settings.items() if name != "phases"}
+    named["number of phases"] = len(settings["phases"])
+    for i, phase in enumerate(settings["phases"], 1):
+        named |= {f"{name} of phase {i}": value for name, value in phase.items()}
+    return named
 
 
 def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace) -> Run:
@@ -193,9 +178,15 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
     state = checkpoint.read_json(newest / "training" / "state.json")
     if state.get("version") != STATE_VERSION:
         raise ValueError(f"{newest} is of an earlier version; start a new run from it with --model")
-    for difference in differences(state["settings"], settings):
-        raise ValueError(f"{newest} was trained with {difference}; repeat the settings to resume, "
-                         "or start a new run from it with --model")  # fmt: skip
+    before, now = by_field(state["settings"]), by_field(settings)
+    last, length = config.phases[-1], f"num_steps of phase {len(config.phases)}"
+    if last.lr == last.final_lr and now[length] > before.get(length, 0):
+        before[length] = now[length]  # at a constant rate a run may become longer
+    for name, value in now.items():
+        was = before.get(name, value)  # a checkpoint may be older than a setting
+        if value != was:
+            raise ValueError(f"{newest} was trained with {name} = {was}, now it is {value}; repeat the "
+                             "settings to resume, or start a new run from it with --model")  # fmt: skip
     say(f"resuming from {newest}")
     if RANK == 0:
         checkpoint.publish(out, newest, options.keep)  # the kill may have come between saving and this
@@ -467,30 +458,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"there is no {args.model} yet; {remedy}")
     args.model = checkpoint.find_model(args.model) if args.model else None
     return args
-
-
-def set_field(config, assignment: str):
-    """A dataclass with FIELD=VALUE changed; FIELD may lead into another, as in dit.num_layers."""
-    name, is_given, text = assignment.partition("=")
-    first, _, rest = name.partition(".")
-    if not is_given or not hasattr(config, first) or first == "phases":
-        names = ", ".join(f.name for f in dataclasses.fields(config) if f.name not in ("phases", "extra"))
-        raise ValueError(f"--set {assignment}: should be FIELD=VALUE, with one of {names}")
-    if rest:
-        return replace(config, **{first: set_field(getattr(config, first), f"{rest}={text}")})
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    hint = typing.get_type_hints(type(config))[first]
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kinds = [typing.get_origin(kind) or kind for kind in kinds]  # list of list[int]
-    if type(value) is int and float in kinds:
-        value = float(value)
-    if type(value) not in kinds:
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"--set {assignment}: {first} should be of type {names}")
-    return replace(config, **{first: value})
 
 
 def make_config(args: argparse.Namespace) -> Config:

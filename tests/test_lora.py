@@ -313,6 +313,17 @@ def test_sampling_with_several_loras_is_sampling_with_the_merged_model(tmp_path)
     assert torch.equal(with_loras, sampled(tmp_path / "d", "--model", MODEL, "--lora", *again))
 
 
+def test_the_lora_of_a_run_is_found_in_its_folder_and_named_where_it_lies_unused(tmp_path, capsys):
+    run = shutil.copytree(MODEL, tmp_path / "run")
+    file = run / "lora.safetensors"
+    save_lora(trained(VideoTransformer.from_pretrained(MODEL)), file)
+    of_folder = sampled(tmp_path / "a", "--model", run, "--lora", f"{run}:0.5")
+    assert torch.equal(of_folder, sampled(tmp_path / "b", "--model", MODEL, "--lora", f"{file}:0.5"))
+    argv = ["x", "--model", run, "--out", tmp_path / "x.png", "--num-frames", 1, "--num-steps", 1]
+    assert sample.main(list(map(str, argv))) == 0
+    assert "lora.safetensors of this folder is not used" in capsys.readouterr().out
+
+
 def test_a_lora_that_cannot_be_used_stops_the_run_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sample.Models, "_load", None)
     save_lora(trained(random_model(TINY)), tmp_path / "other.safetensors")

@@ -378,6 +378,15 @@ def test_phases_follow_each_other_and_resume_across_the_border(tmp_path):
     assert [line["phase"] for line in entries(tmp_path / "whole") if "loss" in line] == [1, 2, 3, 3]
 
 
+def test_at_a_constant_rate_a_run_may_become_longer_but_not_shorter(tmp_path, whole, capsys):
+    assert run(tmp_path, "--phase-steps", 3) == 0
+    assert run(tmp_path, "--phase-steps", 6, "--resume") == 0
+    assert (tmp_path / TRANSFORMER).read_bytes() == (whole / TRANSFORMER).read_bytes()
+    assert run(tmp_path, "--phase-steps", 5, "--resume") == 2
+    assert "num_steps of phase 1 = 6, now it is 5" in capsys.readouterr().err
+    assert run(tmp_path, "--phase-steps", 9, "--lr", 1e-3, 1e-4, "--resume") == 2
+
+
 def test_other_settings_are_not_resumed_but_those_of_an_older_version_are(half, capsys):
     assert run(half, "--num-steps", 4, "--resume", "--seed", 1) == 2
     assert "seed = 0, now it is 1" in capsys.readouterr().err
@@ -422,6 +431,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
         (["--model", CONTROL], "control_file_path"),
         (["--set", "keep_encoder=true"], "keep_encoder"),
         (["--set", 'masks={"spiral": 1}'], "everything"),
+        (["--set", 'masks={"box": 0}'], "not all 0"),
         (["--set", "nonsense=1"], "FIELD=VALUE"),
         (["--set", "optimizer=3"], "type str"),
     ],
@@ -430,6 +440,19 @@ def test_mistakes_are_one_line(tmp_path, capsys, options, message):
     assert run(tmp_path / "out", "--num-steps", 1, *options) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_what_is_lacking_is_said_before_anything_is_made(tmp_path, capsys):
+    fun, few = ["--preset", "fun-2b"], ["--data", "shapes", "--set", "num_shapes=20"]
+    for words, message in (
+        (["--model", str(INPAINT)], "needs a --preset"),
+        ([*fun, "--model", str(INPAINT)], "give --data"),
+        ([*fun, *few], "there is no vae/"),
+        ([*fun, *few, "--phase-steps", "5", "--phase", "2"], "--phase-steps takes a number for each"),
+    ):
+        assert main([*words, "--out", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- learning
@@ -518,6 +541,8 @@ def test_lora_learns_beside_the_transformer_and_resumes_to_the_byte(tmp_path, ca
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     for name in (TRANSFORMER, "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         assert (whole / name).read_bytes() == (INPAINT / name).read_bytes()
+    assert run(tmp_path / "next", *options, model=whole) == 2  # it would begin with the base alone
+    assert "with a LoRA" in capsys.readouterr().err
     lora = load_file(whole / "lora.safetensors")
     assert any(tensor.any() for key, tensor in lora.items() if "lora_B" in key)
     assert all(key.startswith("transformer.") for key in lora)
