@@ -121,7 +121,7 @@ class Reconstruction:
 
     def save(self, folder: Path, _) -> None:
         """With a scaling factor that gives the latents of the held-out samples a standard deviation of 1."""
-        if not self.config.keep_encoder:
+        if not self.config.keep_encoder and self.held_out:  # a resumed run may be saved before it validates
             latents = torch.cat([self.latents(pixels).flatten() for pixels in self.held_out])
             self.scaling_factor = round(1 / latents.std().item(), 6)
         self.vae.config.scaling_factor = self.scaling_factor

@@ -490,6 +490,15 @@ def test_a_vae_learns_and_writes_the_scale_of_its_own_latents(tmp_path, capsys):
     assert (tmp_path / "transformer" / "config.json").exists()
 
 
+def test_a_resumed_vae_is_saved_before_it_validates_and_ends_with_the_same_bytes(tmp_path):
+    options = ["--train", "vae", "--grad-accum", 1, "--save-every", 1, "--val-every", 100]
+    assert run(tmp_path / "parts", *options, "--num-steps", 1) == 0
+    assert run(tmp_path / "parts", *options, "--num-steps", 3, "--resume") == 0
+    assert run(tmp_path / "whole", *options, "--num-steps", 3) == 0
+    for name in ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_decoder_learns_alone_and_latents_stay_what_they_were(tmp_path):
     assert run(tmp_path, "--train", "vae", "--num-steps", 2, ema_decay=0, keep_encoder="true") == 0
     before, after = (VideoVAE.from_pretrained(folder) for folder in (INPAINT, tmp_path))
