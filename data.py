@@ -113,13 +113,15 @@ def open_files(path: str, held_out_path: str | None, num_held_out: int, fps: flo
     return Files(rest or held_out, held_out, failures)
 
 
-def draw_files(num_samples: int, num_held_out: int, num_frames: int, seed: int) -> Files:
+def draw_files(
+    num_samples: int, picture_share: float, num_held_out: int, num_frames: int, seed: int
+) -> Files:
     """The drawn world of shapes.py. Of ten clips four are square, two each 2:3 and 3:2, one each 1:2 and 2:1.
-    A sixth of the samples are pictures, square, as each shape would be micro-batches of its own, and nearly
-    empty ones. Held out are the combinations of `shapes.is_held_out`."""
+    Pictures are square, as each shape would be micro-batches of its own, and nearly empty ones. Held out are
+    the combinations of `shapes.is_held_out`."""
     import shapes  # here and in `pixels_of`, so that shapes.py can be deleted
 
-    num_pictures = num_samples // 6
+    num_pictures = int(num_samples * picture_share)
     sizes = [(128, 128), (104, 156), (128, 128), (156, 104), (90, 180)]
     sizes += [(128, 128), (104, 156), (128, 128), (156, 104), (180, 90)]
     clips = shapes.records(num_samples - num_pictures, seed, sizes=sizes, num_frames=num_frames)

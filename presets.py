@@ -66,6 +66,7 @@ class Config:
     save_dtype: str | None = None  # of the weights in OUT when the run has ended; None: float32
     seed: int = 0
     num_shapes: int = 20_000  # samples in an epoch of --data shapes
+    picture_share: float = 1 / 6  # of these; the others are clips
     dit: TransformerConfig = field(default_factory=TransformerConfig)  # if there is none yet
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # likewise
     vae: VAEConfig | None = None  # likewise; None: there has to be one

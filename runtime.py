@@ -147,7 +147,7 @@ def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices itself, and so faster than float32 ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # with AVX-512 alone it can be slower
 
 
 # ---------------------------------------------------------------- draws

@@ -571,7 +571,9 @@ def run_command(argv: list[str] | None, signals: list[int]) -> bool:
     has_bf16 = runtime.computes_bfloat16(device)
     dtype = getattr(torch, options.dtype or ("bfloat16" if has_bf16 else "float32"))
     if options.data == "shapes":
-        files = data.draw_files(config.num_shapes, options.num_val, config.max_frames, config.seed)
+        files = data.draw_files(
+            config.num_shapes, config.picture_share, options.num_val, config.max_frames, config.seed
+        )
     else:
         files = data.open_files(options.data, options.val_data, options.num_val, config.fps)
     if not files.records or not files.held_out:

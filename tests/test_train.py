@@ -564,7 +564,7 @@ def test_a_lora_file_says_what_the_run_validated(tmp_path):
     task = task_for(INPAINT)
     load_lora(task.dit, tmp_path / "lora.safetensors")
     task.begin(task.config.phases[2])  # LoRA learns beside a fixed text encoder
-    records = data.draw_files(20, 2, 5, seed=0).held_out
+    records = data.draw_files(20, 1 / 6, 2, 5, seed=0).held_out
     plan = task.plan(task.config.phases[0])
     held_out = []
     for micro in data.held_out_micros(records, plan, 0):
@@ -785,7 +785,7 @@ def test_half_the_clips_of_a_small_data_set_are_not_held_out(tmp_path):
 
 
 def test_shapes_on_trial_are_the_held_out_combinations():
-    records, held_out, _ = data.draw_files(20, 30, 5, seed=0)
+    records, held_out, _ = data.draw_files(20, 1 / 6, 30, 5, seed=0)
     assert len(records) == 20 and len(held_out) == 30
     seen = {record.caption(17) for record in records}
     assert not seen & {record.caption(17) for record in held_out}
