@@ -11,8 +11,7 @@ Content tells a picture from a clip. Pillow reads pictures and their animations,
 A clip is a function of time: reading it means choosing instants start + i/fps and taking the frame nearest to
 each, so a 30 fps clip read at 8 fps keeps its speed, and variable frame rates need no special case.
 
-Errors a user can cause are one sentence with the path in it: OSError where the file system refuses, and
-ValueError where the contents are at fault. Dimension key: f frames, h height, w width, c = 3 colours.
+Dimension key: f frames, h height, w width, c = 3 colours.
 """
 
 import contextlib
@@ -94,7 +93,7 @@ def read_image(source: Picture, background: int = WHITE) -> np.ndarray:
     raises OSError if the file is missing, ValueError if it is damaged, a clip, or does not say what is white
     """
     if not isinstance(source, (str, Path)):
-        picture = source if isinstance(source, Image.Image) else _from_array(np.asarray(source))
+        picture = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
         return _to_rgb(picture, "the picture", background)
     must_exist(source)
     if is_clip(source):
@@ -108,12 +107,6 @@ def read_image(source: Picture, background: int = WHITE) -> np.ndarray:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{source} is damaged or no picture ({reason}); give a .png or .jpg") from None
     return _to_rgb(picture, source, background)
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[-1] in (3, 4)):
-        raise ValueError(f"a picture is uint8 h w, h w 3 or h w 4, not {array.dtype} {list(array.shape)}")
-    return Image.fromarray(array)
 
 
 def _to_rgb(picture: Image.Image, name: object, background: int) -> np.ndarray:
@@ -392,7 +385,7 @@ def read_video(
     raises OSError if the file is missing, ValueError if it is damaged, a picture, or over before `start`
     """
     if not isinstance(source, (str, Path)):
-        return _checked_frames(np.asarray(source), "a clip")[:num_frames]
+        return np.asarray(source)[:num_frames]
     frames: list[np.ndarray] = []
     for shown in shown_frames(source, start, background):
         if fps is None:
@@ -434,7 +427,7 @@ def read_mask(source: Picture, num_frames: int, height: int, width: int, fps: fl
     if 1 < len(frames) < num_frames:
         name = source if isinstance(source, (str, Path)) else "the mask"
         raise ValueError(f"{name} has {len(frames)} frames, the clip {num_frames}; give a picture or as many")
-    grey = [np.asarray(_from_array(frame).convert("L")) for frame in frames[:num_frames]]
+    grey = [np.asarray(Image.fromarray(frame).convert("L")) for frame in frames[:num_frames]]
     white = torch.from_numpy(np.stack([resize(frame, height, width) >= 240 for frame in grey]))
     return white.expand(num_frames, -1, -1)
 
@@ -473,30 +466,21 @@ def write_video(frames: Clip | Iterable[np.ndarray], path: str | Path, fps: floa
     import av
 
     path = Path(path)
-    writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_strip}
-    if path.suffix.lower() not in writers:
-        raise ValueError(f"{path} should end in {', '.join(writers)}")
-    chunks = [frames] if isinstance(frames, (np.ndarray, Tensor)) else frames
-    chunks = (_checked_frames(np.asarray(chunk), str(path)) for chunk in chunks)
-    if (first := next(chunks, None)) is None:
-        raise ValueError(f"there are no frames to write to {path}")
+    if path.suffix.lower() not in WRITERS:
+        raise ValueError(f"{path} should end in {', '.join(WRITERS)}")
+    write = WRITERS[path.suffix.lower()]
+    chunks = iter([np.asarray(frames)] if isinstance(frames, (np.ndarray, Tensor)) else frames)
+    first = next(chunks)  # what fails before there is a frame is not a failure of writing
     try:
         with atomic_write(path) as temporary:
-            writers[path.suffix.lower()](temporary, itertools.chain([first], chunks), fps)
+            write(temporary, first, chunks, fps)
     except (OSError, av.FFmpegError) as error:
         raise OSError(f"cannot write {path} ({error.strerror or error}); choose another place") from None
 
 
-def _checked_frames(frames: np.ndarray, name: str) -> np.ndarray:
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"{name} needs frames as uint8 f h w 3, not {frames.dtype} {list(frames.shape)}")
-    return frames
-
-
-def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
+def _write_mp4(path: Path, first: np.ndarray, chunks: Iterator[np.ndarray], fps: float) -> None:
     import av
 
-    first = next(chunks)
     height, width = first.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"{width}x{height} frames do not fit .mp4, which needs even sizes; write a .gif")
@@ -517,8 +501,8 @@ def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
         container.mux(stream.encode(None))
 
 
-def _write_gif(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
-    frames = np.concatenate(list(chunks))
+def _write_gif(path: Path, first: np.ndarray, chunks: Iterator[np.ndarray], fps: float) -> None:
+    frames = np.concatenate([first, *chunks])
     sample = Image.fromarray(frames[:, ::2, ::2].reshape(len(frames), -1, 3))
     palette = sample.quantize(256)  # one for all frames: a palette each would flicker
     pictures = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
@@ -527,7 +511,10 @@ def _write_gif(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-def _write_strip(path: Path, chunks: Iterator[np.ndarray], fps: float) -> None:
-    frames = np.concatenate(list(chunks))
+def _write_strip(path: Path, first: np.ndarray, chunks: Iterator[np.ndarray], fps: float) -> None:
+    frames = np.concatenate([first, *chunks])
     shown = np.linspace(0, len(frames) - 1, min(len(frames), 8)).round().astype(int)
     Image.fromarray(np.concatenate(frames[shown], axis=1)).save(path)
+
+
+WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_strip}

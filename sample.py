@@ -34,7 +34,7 @@ from checkpoint import LORA, find_model, open_safetensors, save_tensors, unknown
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
 from inpaint import add_reference_noise, inpaint_condition
 from kinds import native_fps, native_size
-from media import to_pixels, to_uint8, write_video
+from media import WRITERS, to_pixels, to_uint8, write_video
 from models import Models, load_models
 from request import Known, Request, complete, latent_shape, read_inputs
 from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, fail, in_one_line, say
@@ -349,8 +349,8 @@ def make_record(models: Models, request: Request, num_frames: int, height: int, 
 def check_out(target: Path, inputs: list[str | None]) -> None:
     """What would else be found at the end: a place that cannot be written to, or that is an input."""
     is_file = target.suffix and not target.is_dir()
-    if is_file and target.suffix.lower() not in (".mp4", ".gif", ".png"):
-        raise ValueError(f"--out {target}: files end in .mp4, .gif or .png; a folder has no ending")
+    if is_file and target.suffix.lower() not in WRITERS:
+        raise ValueError(f"--out {target}: files end in {', '.join(WRITERS)}; a folder has no ending")
     if is_file and target.exists() and any(target.samefile(path) for path in inputs if path):
         raise ValueError(f"--out {target} is an input, which would be lost; choose another name")
     folder = target.parent if is_file else target
@@ -364,7 +364,7 @@ def output_paths(target: Path, count: int, suffix: str) -> list[Path]:
         if count == 1:
             return [target]
         return [target.with_stem(f"{target.stem}-{i + 1}") for i in range(count)]
-    taken = [int(path.stem) for path in target.glob("[0-9]*.*") if re.fullmatch("[0-9]+", path.stem)]
+    taken = [int(path.stem) for path in target.glob("*.*") if path.stem.isdecimal()]
     first = max(taken, default=0) + 1
     return [target / f"{first + i:04d}{suffix}" for i in range(count)]
 
@@ -450,9 +450,6 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 def open_models(args: argparse.Namespace) -> Models:
     """The models of --model on --device in --dtype."""
-    if args.model is None and not TINY.is_dir():
-        raise FileNotFoundError("there is no checkpoints/tiny; give --model a hub id or a checkpoint folder, "
-                                "such as tests/goldens/fun-2b-inp, whose weights are random")  # fmt: skip
     device = choose_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     loras = [parse_lora(text) for text in args.lora or []]
@@ -567,6 +564,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import sample  # this file once more, as the one module that long_video.py knows, too
-
-    sys.exit(sample.main())
+    sys.exit(main())
