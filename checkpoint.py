@@ -11,8 +11,6 @@
 Modules name their parameters by the checkpoint's keys, so loading is: build on the meta device, compare names
 and shapes, assign the memory-mapped tensors. Weights come as one file, or as shards with an index file.
 Pickled weights (.bin, .pt, .ckpt) are never opened: unpickling runs whatever code the file holds.
-
-Every error a user can cause is a ValueError or an OSError of one sentence that names the file and the remedy.
 """
 
 import contextlib
@@ -61,10 +59,7 @@ def write_json(content: dict, path: Path) -> None:
 
 
 def read_config(config_class: type, path: Path):
-    """A config dataclass from a JSON file; keys it does not declare are kept in `config.extra`.
-
-    Every config class declares `extra: dict` last, so unknown keys survive a load and a save.
-    """
+    """A config dataclass from a JSON file; keys it does not declare are kept in `config.extra`."""
     content = read_json(path)
     known = {field.name for field in dataclasses.fields(config_class)} - {"extra"}
     values = {name: content[name] for name in known & content.keys()}
@@ -136,7 +131,7 @@ def component_dir(model_dir: str | Path, name: str, marker: str = "config.json")
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator:
     """`safe_open` with errors a user can read; tensors taken from it are memory-mapped, not copied."""
-    if not Path(path).is_file():
+    if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as weights:
@@ -329,8 +324,9 @@ MODEL_INDEX = {
 
 def write_model_index(out: Path, model_dir: Path | None, in_channels: int | None) -> None:
     """OUT/model_index.json: as in model_dir where there is one; in_channels: where the transformer grew."""
-    given = model_dir / "model_index.json" if model_dir else None
-    index = {**MODEL_INDEX, **(read_json(given) if given and given.is_file() else {})}
+    index = MODEL_INDEX.copy()
+    if model_dir and (model_dir / "model_index.json").is_file():
+        index |= read_json(model_dir / "model_index.json")
     index["_class_name"] = PIPELINES.get(in_channels, index["_class_name"])
     write_json(index, out / "model_index.json")
 
