@@ -32,12 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import component_dir, load_component, save_component
+from checkpoint import component_dir, load_component, only, save_component
 
 # What layers remember of the chunks before: a causal convolution its last two input frames, an upsampler that
 # the video has begun. Empty at the start of a video.
 Cache = dict[nn.Module, Tensor | bool]
-Draw = torch.Generator | list[torch.Generator]  # one for the whole batch, or one for each sample
 
 
 @dataclass
@@ -62,15 +61,13 @@ class VAEConfig:
     extra: dict = field(default_factory=dict)  # unknown keys, written back as they came
 
     def __post_init__(self):
-        required = {
-            "act_fn": "silu",
-            "temporal_compression_ratio": 4,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        }
-        for name, value in required.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} = {getattr(self, name)!r}; CogVideoX VAEs have {value!r}")
+        only(
+            self,
+            act_fn=("silu",),
+            temporal_compression_ratio=(4,),
+            use_quant_conv=(False,),
+            use_post_quant_conv=(False,),
+        )
         if len(self.block_out_channels) != 4:
             raise ValueError(f"block_out_channels = {self.block_out_channels}; CogVideoX VAEs have 4 blocks")
 
@@ -287,10 +284,15 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------- chunks and tiles
 
 
+def in_chunks(count: int, size: int) -> list[int]:
+    """`count` frames in chunks of `size`, the remainder joining the first."""
+    num_chunks = max(count // size, 1)
+    return [count - size * (num_chunks - 1)] + [size] * (num_chunks - 1)
+
+
 def encode_chunks(num_frames: int) -> list[int]:
-    """Frames per chunk when encoding: eights, the remainder joining the first. 17 -> [9, 8]; 13 -> [13]."""
-    num_chunks = max(num_frames // 8, 1)
-    return [num_frames - 8 * (num_chunks - 1)] + [8] * (num_chunks - 1)
+    """Frames per chunk when encoding: 17 -> [9, 8]; 13 -> [13]."""
+    return in_chunks(num_frames, 8)
 
 
 def decode_chunks(num_latent_frames: int, first_alone: bool) -> list[int]:
@@ -302,8 +304,7 @@ def decode_chunks(num_latent_frames: int, first_alone: bool) -> list[int]:
     """
     if first_alone:
         return [1] + [2] * ((num_latent_frames - 1) // 2) + [1] * ((num_latent_frames - 1) % 2)
-    num_chunks = max(num_latent_frames // 2, 1)
-    return [num_latent_frames - 2 * (num_chunks - 1)] + [2] * (num_chunks - 1)
+    return in_chunks(num_latent_frames, 2)
 
 
 def decoded_frames(num_latent_frames: int, first_alone: bool) -> int:
@@ -362,7 +363,7 @@ def join_tiles(rows: list[list[Tensor]], overlap: tuple[int, int], keep: tuple[i
 def fade_in(tile: Tensor, before: Tensor, dim: int, extent: int) -> None:
     """Blend the end of the tile `before` linearly into the start of `tile`, in place."""
     extent = min(before.shape[dim], tile.shape[dim], extent)
-    ramp = torch.arange(extent, device=tile.device, dtype=torch.float32) / max(extent, 1)
+    ramp = torch.arange(extent, device=tile.device, dtype=torch.float32) / extent
     ramp = ramp.to(tile.dtype)
     if dim == 3:
         ramp = ramp[:, None]
@@ -444,24 +445,20 @@ class VideoVAE(nn.Module):
         """See `sample_posterior`."""
         return sample_posterior(mean, logvar, noise, self.config)
 
-    def encode(self, pixels: Tensor, generator: Draw | None = None, tiled: bool = False) -> Tensor:
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None, tiled: bool = False) -> Tensor:
         """pixels b 3 f h w in [-1, 1] -> scaled latents b 16 f' h' w'.
 
-        The posterior's mode, as inference uses it, or a sample where a generator is given, as training does;
-        with a list of b generators each sample's draw is its own, whatever else is in the batch.
+        The posterior's mode, as inference uses it, or a sample where a generator is given, as training does.
         """
         mean, logvar = self.moments(pixels, tiled)
         noise = None
-        if isinstance(generator, list):
-            draws = [torch.randn(mean.shape[1:], generator=g, device=g.device) for g in generator]
-            noise = torch.stack(draws)
-        elif generator is not None:
+        if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
         return self.posterior(mean, logvar, noise)
 
-    def encode_first_picture(self, pixels: Tensor, noise: Tensor, tiled: bool = False) -> Tensor:
+    def encode_first_picture(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """`sample_first_picture` of pixels b 3 1 h w in [-1, 1]; noise: b 16 1 h' w' -> b 16 1 h' w'."""
-        mean, logvar = self.moments(pixels, tiled)
+        mean, logvar = self.moments(pixels)
         return sample_first_picture(mean, logvar, noise, self.config)
 
     def decode(self, latents: Tensor, tiled: bool = False, first_alone: bool = True) -> Tensor:
