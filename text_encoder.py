@@ -179,8 +179,9 @@ class Tokenizer:
         self.unigram = unigram
         self.normalize = normalize
         self.specials = specials
-        self.pad = specials[PAD] if specials else unigram.token_to_id(PAD)
-        self.end = specials[END] if specials else unigram.token_to_id(END)
+        ids = specials or unigram.get_vocab()
+        self.pad = ids[PAD]
+        self.end = ids[END]
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path) -> "Tokenizer":
@@ -205,8 +206,6 @@ class Tokenizer:
             raise ValueError(f"{path} is no tokenizer ({error!s:.200}); download it again") from None
         unigram.no_padding()
         unigram.no_truncation()  # both are done here, whatever the file asks for
-        if None in (unigram.token_to_id(PAD), unigram.token_to_id(END)):
-            raise ValueError(f"{path} lacks {PAD} or {END}; a T5 tokenizer is needed")
         return cls(unigram)
 
     @classmethod
@@ -233,7 +232,7 @@ class Tokenizer:
         for text in [texts] if isinstance(texts, str) else texts:
             row = self.encode(text)[: max_length - 1] + [self.end]
             rows.append(row + [self.pad] * (max_length - len(row)))
-        return torch.tensor(rows, dtype=torch.long).reshape(-1, max_length)
+        return torch.tensor(rows)
 
     def encode(self, text: str) -> list[int]:
         """Ids of one prompt, without </s> and padding; ValueError if it is no valid Unicode."""
@@ -483,6 +482,3 @@ class StreamedT5Encoder(T5Encoder):
             for key, tensor in read_tensors(self.files, keys)
         }
         return functional_call(self.get_submodule(name), weights, inputs)
-
-    def save_pretrained(self, model_dir: str | Path) -> None:
-        raise ValueError("a streamed text encoder holds no weights; load it with stream=False")

@@ -273,8 +273,6 @@ def test_streamed_from_shards_gives_exactly_the_same(checkpoint, dtype):
     assert not text.requires_grad
     assert torch.equal(text, streamed(ids))  # once more, from disk again
     assert all(parameter.is_meta for parameter in streamed.parameters())  # nothing was kept
-    with pytest.raises(ValueError, match="holds no weights"):
-        streamed.save_pretrained(checkpoint)
 
 
 @pytest.mark.parametrize("stream", [False, True])
