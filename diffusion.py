@@ -18,7 +18,7 @@ Dimension key: b batch; samples are b c f h w, though nothing here looks beyond 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -41,16 +41,10 @@ SAMPLER_OF_CLASS = {  # the scheduler class a checkpoint names -> our sampler
     "DPMSolverMultistepScheduler": "dpm++",
 }
 
-# Further keys that change the numbers, from configs of other schedulers: any other value is refused.
-ONLY = {"thresholding": False, "use_karras_sigmas": False, "algorithm_type": "dpmsolver++", "solver_order": 2}
-
 
 @dataclass
 class ScheduleConfig:
-    """scheduler_config.json, and CogVideoX-2B's values; the 5B models have snr_shift_scale 1.
-
-    ValueError for what no CogVideoX has: all but the first three fields must keep their defaults.
-    """
+    """scheduler_config.json, and CogVideoX-2B's values; the 5B models have snr_shift_scale 1."""
 
     beta_start: float = 0.00085  # variance of the noise added by the first step …
     beta_end: float = 0.012  # … and by the last; their roots are spaced evenly
@@ -66,10 +60,22 @@ class ScheduleConfig:
     extra: dict = field(default_factory=dict)  # keys we do not use, kept for saving; _class_name among them
 
     def __post_init__(self) -> None:
-        free = ("beta_start", "beta_end", "snr_shift_scale", "extra")
-        fixed = {f.name: f.default for f in fields(self) if f.name not in free}
-        for name, value in (fixed | ONLY).items():
-            only(self, **{name: (value,)})
+        """ValueError for what no CogVideoX has; the last four are keys of other schedulers."""
+        only(
+            self,
+            num_train_timesteps=(NUM_TIMESTEPS,),
+            beta_schedule=("scaled_linear",),
+            trained_betas=(None,),
+            rescale_betas_zero_snr=(True,),
+            prediction_type=("v_prediction",),
+            timestep_spacing=("trailing",),
+            set_alpha_to_one=(True,),
+            clip_sample=(False,),
+            thresholding=(False,),
+            use_karras_sigmas=(False,),
+            algorithm_type=("dpmsolver++",),
+            solver_order=(2,),
+        )
 
 
 # ---------------------------------------------------------------- the schedule
