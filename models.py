@@ -118,12 +118,11 @@ class Models:
             return
         start = time.perf_counter()
         torch.cuda.empty_cache()  # what the stage before has left; a no-op without a GPU
-        self.loaded[name] = self._load(name)
         try:
-            yield self.loaded[name]
+            yield self.load(name)
         finally:
             if not self.keep:
-                del self.loaded[name]
+                self.loaded.pop(name, None)
             self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
 
     def load(self, name: str) -> nn.Module:

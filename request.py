@@ -213,13 +213,11 @@ def place_pictures(
     pictures = images + ends
     if len(pictures) > num_frames:
         raise ValueError(f"{len(pictures)} pictures are more than num_frames={num_frames}")
+    places = list(range(len(images))) + [num_frames - 1] * len(ends)
     frames = np.repeat(pictures[0][None], num_frames, axis=0)
+    frames[places] = pictures
     mask = torch.ones(frames.shape[:3], dtype=torch.bool)
-    for place, picture in enumerate(pictures):
-        if place >= len(images):  # the end
-            place = num_frames - 1
-        frames[place] = picture
-        mask[place] = False
+    mask[places] = False
     return frames, mask
 
 
