@@ -159,9 +159,10 @@ def read_inputs(request: Request, config: TransformerConfig) -> Known:
         notes.append(f"{num_frames} frames do not fit this model: the first {legal} are taken")
         num_frames = legal
 
-    images = [read_image(image) for image in request.images]
-    ends = [] if request.end_image is None else [read_image(request.end_image)]
-    sources = images + ends if clip is None else clip
+    pictures = [read_image(image) for image in request.images]
+    if request.end_image is not None:
+        pictures.append(read_image(request.end_image))
+    sources = pictures if clip is None else clip
     source_size = sources[0].shape[:2] if len(sources) else None
     height, width = kinds.choose_size(config, request.height, request.width, source_size)
     if source_size not in (None, (height, width)) and not (request.height and request.width):
@@ -172,13 +173,10 @@ def read_inputs(request: Request, config: TransformerConfig) -> Known:
         frames = resize(clip[:num_frames], height, width)
         if request.video is not None and request.strength == 1 and request.mask is None:
             notes.append("strength 1 and no mask: only the size and length of the video are kept")
-    elif sources:
-        images = [resize(image, height, width) for image in images]
-        ends = [resize(end, height, width) for end in ends]
-        if kinds.model_kind(config) == "image":
-            frames = np.stack(images + ends)
-        else:
-            frames, mask = place_pictures(images, ends, num_frames)
+    elif pictures:
+        frames = np.stack([resize(picture, height, width) for picture in pictures])
+        if kinds.model_kind(config) != "image":
+            frames, mask = place_pictures(frames, request.end_image is not None, num_frames)
     if request.mask is not None:
         mask = read_mask(request.mask, num_frames, height, width, request.fps)
     if mask is not None and not mask.any():
@@ -203,18 +201,17 @@ def read_clip(request: Request, num_frames: int) -> np.ndarray | None:
     return clip
 
 
-def place_pictures(
-    images: list[np.ndarray], ends: list[np.ndarray], num_frames: int
-) -> tuple[np.ndarray, Tensor]:
-    """Pictures as a clip and its mask: the first on every frame, the others and the end on their own.
+def place_pictures(pictures: np.ndarray, has_end: bool, num_frames: int) -> tuple[np.ndarray, Tensor]:
+    """Pictures f h w 3 as a clip and its mask: the first on every frame, the others and the end on their own.
 
     The unknown frames are blacked out later; repeating the start picture there is the reference's way.
     """
-    pictures = images + ends
     if len(pictures) > num_frames:
         raise ValueError(f"{len(pictures)} pictures are more than num_frames={num_frames}")
-    places = list(range(len(images))) + [num_frames - 1] * len(ends)
-    frames = np.repeat(pictures[0][None], num_frames, axis=0)
+    places = list(range(len(pictures)))
+    if has_end:
+        places[-1] = num_frames - 1
+    frames = np.repeat(pictures[:1], num_frames, axis=0)
     frames[places] = pictures
     mask = torch.ones(frames.shape[:3], dtype=torch.bool)
     mask[places] = False

@@ -91,7 +91,7 @@ def channels() -> Image.Image:
     """What an inpaint model is shown for a start picture: the 33 channels of each latent frame."""
     picture = page(366)
     start = draw([SCENE], 1)[0, 0].numpy()
-    frames, mask = place_pictures([start], [], 17)
+    frames, mask = place_pictures(start[None], False, 17)
     models = load_models(TINY)
     with models.use("vae", "encode") as vae:
         condition = inpaint_condition(vae, to_pixels(frames)[None], mask[None, None])
