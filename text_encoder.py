@@ -19,7 +19,6 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import tokenizers
@@ -30,11 +29,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from checkpoint import (
-    build,
     check_weights,
     component_dir,
     load_component,
     only,
+    read_config,
     read_tensors,
     save_component,
 )
@@ -442,7 +441,7 @@ class T5Encoder(nn.Module):
         """
         folder = component_dir(model_dir, "text_encoder")
         if stream:
-            return build(partial(StreamedT5Encoder, folder, dtype, device), T5Config, folder).eval()
+            return StreamedT5Encoder(folder, dtype, device).eval()
         t5 = load_component(cls, T5Config, folder, dtype=None, device="cpu", aliases=ALIASES)
         for name, parameter in t5.named_parameters():  # straight from disk: fp16 would round what stays fp32
             parameter.data = parameter.data.to(device, weight_dtype(name, dtype))
@@ -460,11 +459,10 @@ class StreamedT5Encoder(T5Encoder):
     process that encodes 226 tokens with a T5-XXL stored in bf16, on a CPU: 0.75 GB in bf16, 1.56 GB in fp32.
     """
 
-    def __init__(
-        self, folder: Path, dtype: torch.dtype, device: str | torch.device, config: T5Config
-    ) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, device: str | torch.device) -> None:
         """raises ValueError if names or shapes in the files' headers do not fit the config"""
-        super().__init__(config)
+        with torch.device("meta"):
+            super().__init__(read_config(T5Config, folder / "config.json"))
         self.files = check_weights(self, folder, ALIASES)
         self.dtype = dtype
         self.device = device
