@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,9 +143,9 @@ class Schedule:
 
         Differs from the reference for 62 counts such as 61, where its rounding appends a timestep of -1.
         """
-        # not simply 1000/num_steps: numpy.arange rounds its stride so, and that decides ties (num_steps = 48)
-        stride = NUM_TIMESTEPS - (NUM_TIMESTEPS - NUM_TIMESTEPS / num_steps)
-        return torch.tensor([round(NUM_TIMESTEPS - i * stride) - 1 for i in range(num_steps)])
+        # numpy's, whose rounding of the stride decides ties (num_steps = 48)
+        places = np.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / num_steps)[:num_steps]
+        return torch.from_numpy(places.round().astype(np.int64) - 1)
 
     @property
     def default_sampler(self) -> str:
