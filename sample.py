@@ -520,9 +520,8 @@ def run(args: argparse.Namespace) -> None:
         if not args.quiet:
             say(text)
 
-    check_out(
-        Path(args.out), [args.end_image, args.video, args.mask, args.control_video, *(args.image or [])]
-    )
+    inputs = [*(args.image or []), args.end_image, args.video, args.mask, args.control_video]
+    check_out(Path(args.out), inputs)
     settings = asked(args)
     settings.pop("seed", None)  # there may be several
     if args.from_latents:

@@ -68,8 +68,6 @@ class VAEConfig:
             use_quant_conv=(False,),
             use_post_quant_conv=(False,),
         )
-        if len(self.block_out_channels) != 4:
-            raise ValueError(f"block_out_channels = {self.block_out_channels}; CogVideoX VAEs have 4 blocks")
 
 
 # ---------------------------------------------------------------- layers
