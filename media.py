@@ -452,7 +452,7 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
 # ---------------------------------------------------------------- clips out
 
 
-def write_video(frames: Clip | Iterable[np.ndarray], path: str | Path, fps: float = 8) -> None:
+def write_video(frames: np.ndarray | Tensor | Iterable[np.ndarray], path: str | Path, fps: float = 8) -> None:
     """Write uint8 f h w 3 by the ending: .mp4 (H.264), .gif (looped), .png (a strip of at most 8 frames).
 
     frames: all at once, or an iterable of chunks in order; an mp4 then never holds more than one chunk.
@@ -465,7 +465,9 @@ def write_video(frames: Clip | Iterable[np.ndarray], path: str | Path, fps: floa
     if path.suffix.lower() not in WRITERS:
         raise ValueError(f"{path} should end in {', '.join(WRITERS)}")
     write = WRITERS[path.suffix.lower()]
-    chunks = iter([np.asarray(frames)] if isinstance(frames, (np.ndarray, Tensor)) else frames)
+    if isinstance(frames, (np.ndarray, Tensor)):
+        frames = [np.asarray(frames)]
+    chunks = iter(frames)
     first = next(chunks)  # what fails before there is a frame is not a failure of writing
     try:
         with atomic_write(path) as temporary:

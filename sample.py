@@ -445,7 +445,9 @@ def parse_lora(text: str) -> tuple[Path, float]:
     match = re.fullmatch(r"(.+):([-+.e\d]+)", text)
     if match and not path.exists():  # a name may hold a colon
         path, weight = Path(match[1]), float(match[2])
-    return path / LORA if path.is_dir() else path, weight
+    if path.is_dir():
+        path = path / LORA
+    return path, weight
 
 
 def open_models(args: argparse.Namespace) -> Models:
@@ -479,7 +481,9 @@ def prepare(
     paths = agree(output_paths(Path(args.out), len(requests), suffix))
     work = list(zip(requests, paths))
     models.on_all_ranks = len(work) < NUM_RANKS
-    return known, work if models.on_all_ranks else work[RANK::NUM_RANKS]
+    if not models.on_all_ranks:
+        work = work[RANK::NUM_RANKS]
+    return known, work
 
 
 def make_videos(models: Models, args: argparse.Namespace, settings: dict, tell: Callable) -> Iterator[Video]:

@@ -227,8 +227,10 @@ class Tokenizer:
         returns: b L, long
         raises ValueError if a prompt is no valid Unicode
         """
+        if isinstance(texts, str):
+            texts = [texts]
         rows = []
-        for text in [texts] if isinstance(texts, str) else texts:
+        for text in texts:
             row = self.encode(text)[: max_length - 1] + [self.end]
             rows.append(row + [self.pad] * (max_length - len(row)))
         return torch.tensor(rows)
