@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from media import read_video, write_video
-from text_encoder import T5Config, T5Encoder
 from transformer import Block, VideoTransformer
-from vae import VAEConfig, VideoVAE
 
 INPAINT, V15, TEXT = GOLDENS / "fun-2b-inp", GOLDENS / "fun-1.5-5b-inp", GOLDENS / "cogvideox-2b-t2v"
 ROPE, CONTROL, IMAGE = GOLDENS / "fun-5b-inp", GOLDENS / "fun-2b-control", GOLDENS / "cogvideox-5b-i2v"
@@ -48,27 +46,12 @@ def made(*words, model=INPAINT, **changes):
 
 def refused(capfd, *argv):
     """Run a command that must stop in one line and leave nothing; the line."""
-    before = files_of(Path("..").resolve())
-    try:
-        status = sample.main([str(word) for word in argv])
-    except SystemExit as stop:
-        status = stop.code
-    out, err = capfd.readouterr()
-    assert status == 2 and len(err.splitlines()) == 1 and err.startswith("sample.py: error: "), (status, err)
-    assert files_of(Path("..").resolve()) == before, "something was left behind"
-    return err.removeprefix("sample.py: error: ")
-
-
-def files_of(folder):
-    return sorted(path for path in folder.rglob("*") if not path.is_dir())
-
-
-def broken(source, tmp_path, change):
-    """A copy of a checkpoint after change(its folder)."""
-    model = tmp_path / "model"
-    shutil.copytree(source, model, ignore=shutil.ignore_patterns("expected*", "assets"))
-    change(model)
-    return model
+    before = set(Path("..").rglob("*.*"))
+    assert sample.main([str(word) for word in argv]) == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1 and err.startswith("sample.py: error: "), err
+    assert set(Path("..").rglob("*.*")) == before, "something was left behind"
+    return err
 
 
 # ---------------------------------------------------------------- what is written
@@ -231,12 +214,11 @@ def test_the_step_is_the_one_where_it_happens(monkeypatch, capfd):
 
 
 def test_frames_that_are_not_finite_are_never_written_and_latents_stay(tmp_path, capfd):
-    def poison(model):
-        weights = load_file(model / VAE)
-        weights["decoder.conv_in.conv.bias"].fill_(float("nan"))
-        save_file(weights, model / VAE)
-
-    model = broken(INPAINT, tmp_path, poison)
+    model = tmp_path / "model"
+    shutil.copytree(INPAINT, model, ignore=shutil.ignore_patterns("expected*", "assets"))
+    weights = load_file(model / VAE)
+    weights["decoder.conv_in.conv.bias"].fill_(float("nan"))
+    save_file(weights, model / VAE)
     assert sample.main(["x", "--model", str(model), "--num-steps", "1", "--out", "a.mp4"]) == 2
     assert "decoded frames are not finite in float32; decode the saved latents" in capfd.readouterr().err
     assert os.listdir() == ["a.safetensors"]
@@ -264,22 +246,4 @@ PICTURE, CLIP = ["--image", "../media/picture.png"], ["--video", "../media/clip.
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_in_one_line(model, flags, words, capfd):
     message = refused(capfd, "x", "--model", model, *flags)
-    assert all(word in message for word in words), message
-
-
-TINY_T5 = dict(vocab_size=1120, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=4)
-TINY_VAE = dict(block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=4, latent_channels=8)
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda m: T5Encoder(T5Config(**TINY_T5)).save_pretrained(m), ["text_embed_dim", "(32, 16)"]),
-        (lambda m: VideoVAE(VAEConfig(**TINY_VAE)).save_pretrained(m), ["out_channels", "(16, 8)"]),
-        (lambda m: (m / VAE).write_bytes(b"\xff" * 99), ["truncated"]),
-    ],
-)  # fmt: skip
-def test_networks_that_do_not_fit_are_named_before_any_is_loaded(change, words, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(sample.Models, "_load", lambda *_: pytest.fail("loaded a network"))
-    message = refused(capfd, "x", "--model", broken(INPAINT, tmp_path, change))
     assert all(word in message for word in words), message

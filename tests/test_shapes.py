@@ -37,21 +37,16 @@ def one_of_each(seed: int = 0) -> list[Scene]:
     return [sample_scene(seed, index, [combination]) for index, combination in enumerate(COMBINATIONS)]
 
 
-def mask_of(frames: Tensor) -> Tensor:
-    """Pixels that differ from the corner's colour at all."""
-    return (frames != frames[..., :1, :1, :]).any(dim=-1)
-
-
-def degrade(clips: Tensor, sigma: float = 0.7, noise: float = 10) -> Tensor:
-    """Blur of `sigma` pixels and noise of `noise` / 255, about what a small VAE does: 28 … 29 dB."""
+def degrade(clips: Tensor) -> Tensor:
+    """Blur of 0.7 pixels and noise of 10 / 255, about what a small VAE does: 28 … 29 dB."""
 
     def blur(size: int) -> Tensor:
         i = torch.arange(size)
-        return (-(i - i[:, None]).square() / (2 * sigma**2)).softmax(dim=1)  # size size
+        return (-(i - i[:, None]).square() / (2 * 0.7**2)).softmax(dim=1)  # size size
 
     height, width = clips.shape[2:4]
     x = blur(height) @ clips.movedim(-1, 2).float() @ blur(width).T  # b f c h w
-    return (x.movedim(2, -1) + noise * torch.randn(clips.shape)).round().clamp(0, 255).to(torch.uint8)
+    return (x.movedim(2, -1) + 10 * torch.randn(clips.shape)).round().clamp(0, 255).to(torch.uint8)
 
 
 def rate_read_right(scenes: list[Scene], clips: Tensor) -> float:
@@ -77,9 +72,6 @@ def test_every_word_pair_and_triple_is_still_trained_on(num_words, most):
         total = Counter(tuple(c[p] for p in positions) for c in COMBINATIONS)
         held_out = Counter(tuple(c[p] for p in positions) for c in HELD_OUT)
         assert max(held_out[key] / total[key] for key in total) <= most + 1e-9
-        if num_words == 1:
-            least = min(held_out[key] / total[key] for key in total)
-            assert least > 0.085  # and is tested as often as others
 
 
 def test_training_scenes_never_show_a_held_out_combination_and_reach_all_others():
@@ -144,11 +136,11 @@ def test_size_does_not_tell_the_shape():
 
 def test_circles_are_round_and_triangles_point_up_whatever_the_aspect():
     for height, width in [(64, 64), (64, 96), (96, 64), (48, 192)]:
-        mask = mask_of(draw([BIG_RED], 1, height, width))[0, 0]
+        mask = draw([BIG_RED], 1, height, width)[0, 0, ..., 0] > 0
         rows, columns = mask.any(dim=1).sum(), mask.any(dim=0).sum()
         assert abs(rows - columns) <= 1 and abs(columns - 0.4 * min(height, width)) <= 2
     triangle = replace(BIG_RED, shape="triangle")
-    rows = mask_of(draw([triangle], 1))[0, 0].sum(dim=1)
+    rows = (draw([triangle], 1)[0, 0, ..., 0] > 0).sum(dim=1)
     rows = rows[rows > 0]
     assert rows[0] <= 2 and rows[-1] == rows.max() and (rows.diff() >= 0).all()
 
@@ -184,29 +176,15 @@ def test_records_look_like_video_files():
 # ---------------------------------------------------------------- the reader
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (64, 96)])
-def test_clean_clips_are_read_right(height, width):
-    scenes = one_of_each(2)[::9]
-    assert rate_read_right(scenes, draw(scenes, 17, height, width)) >= 0.995
-
-
-def test_blurred_and_noisy_clips_are_read_right():
-    scenes = one_of_each(3)[::17]
-    clips = draw(scenes)
+@pytest.mark.parametrize("num_frames, height, width", [(17, 64, 64), (17, 64, 96), (5, 64, 64), (1, 128, 96)])
+def test_clips_and_pictures_are_read_right_though_blurred_and_noisy(num_frames, height, width):
+    scenes = one_of_each(num_frames)[::17]
+    clips = draw(scenes, num_frames, height, width)
+    assert rate_read_right(scenes, clips) >= 0.995
     degraded = degrade(clips)
     assert 25 < psnr(clips, degraded) < 30
     assert rate_read_right(scenes, degraded) >= 0.98
-    worse = degrade(clips[:, :5], sigma=1.2, noise=15)  # 24.5 dB, a short crop
-    assert rate_read_right(scenes, worse) >= 0.98
-
-
-def test_images_are_read_right_and_have_no_motion():
-    scenes = one_of_each(4)[::17]
-    for height, width in SIZES:
-        clips = draw(scenes, 1, height, width)
-        assert rate_read_right(scenes, clips) >= 0.995
-        assert rate_read_right(scenes, degrade(clips)) >= 0.98
-    assert read_attributes(clips[0])["motion"] is None
+    assert num_frames > 1 or read_attributes(clips[0])["motion"] is None
 
 
 def test_the_reader_is_not_pleased_by_anything():
