@@ -201,20 +201,3 @@ def test_what_is_kept_of_the_encoder_gives_the_same_condition_without_it():
     mode = join_condition(**shown, noise=None, config=vae.config)
     assert torch.equal(mode, inpaint_condition(vae, pixels, mask))
     assert not torch.equal(mode, drawn) and torch.equal(mode[:, :1], drawn[:, :1])  # the mask has no noise
-
-
-def test_what_is_zero_is_not_encoded_and_changes_nothing_for_the_others(monkeypatch):
-    vae, pixels = tiny(), torch.rand(4, 3, 5, 16, 16) * 2 - 1
-    mask = torch.zeros(4, 1, 5, 16, 16)
-    alone = inpaint_condition(vae, pixels[2:], mask[2:])
-    mask[:2] = 1
-    encoded, moments = [], vae.moments
-    monkeypatch.setattr(
-        vae, "moments", lambda pixels, tiled=False: encoded.append(len(pixels)) or moments(pixels)
-    )
-    hidden = torch.tensor([True, True, True, False])  # the third has pixels that are known, so it is shown
-    mixed = inpaint_condition(vae, pixels, mask, zero_if_all_masked=hidden)
-    assert encoded == [2] and not mixed[:2].any()
-    assert_close(mixed[2:], alone, 1e-5)  # fp32 sums in the order of another batch
-    mask[:] = 1
-    assert not inpaint_condition(vae, pixels, mask).any() and encoded == [2]
