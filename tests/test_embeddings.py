@@ -21,6 +21,12 @@ def test_unpatchify_undoes_patchify(p_t):
     assert torch.equal(unpatchify(tokens, (4 // p_t, 3, 5), p_t, 2), x)
 
 
+def test_sincos_is_computed_in_float64():
+    table = sincos_table(16, (1, 1, 9999), (1, 9999), 0, 1.0, 1.0, CPU)
+    theirs = torch.outer(torch.arange(9999.0).double(), 10000 ** -(torch.arange(3).double() / 3)).sin()
+    assert_close(table[:, 4:7], theirs, 1e-7)  # float32 angles would be off by 9999 * 6e-8
+
+
 @pytest.mark.parametrize("rows, cols", [(3, 5), (8, 2), (4, 6), (1, 1), (13, 17)])
 def test_stretching_each_axis_is_stretching_the_table_trilinearly(rows, cols):
     native = sincos_table(32, (3, 4, 6), (4, 6), 0, 1.875, 1.0, CPU).view(1, 3, 4, 6, 32).movedim(-1, 1)

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import shutil
+import struct
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import save_weights
 from shapes import make_tokenizer
-from text_encoder import T5Config, T5Encoder, Tokenizer
+from text_encoder import Normalizer, T5Config, T5Encoder, Tokenizer
 
 VARIANT = GOLDENS / "fun-2b-inp"
 TOKENIZER_DIR = VARIANT / "tokenizer"
@@ -117,6 +118,15 @@ def test_a_vocabulary_of_another_kind_is_refused(tmp_path, options):
     train_vocabulary(tmp_path, **options)
     with pytest.raises(ValueError, match="of another kind"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+def test_replacements_are_found_through_wide_and_narrow_steps_of_the_trie():
+    units = [0] * 512
+    units[0] = 1 << 10 | 512  # the root: its children lie 1 << 8 away, bit 9 adds the 8
+    units[0x100 ^ ord("a")] = 1 << 10 | 256 | ord("a")  # a rule ends here, its value lies one step away
+    units[0x100 ^ ord("a") ^ 1] = 1 << 31 | 2  # the third byte of the replacements
+    charsmap = struct.pack("<I", 4 * len(units)) + struct.pack(f"<{len(units)}I", *units) + b"-\0bc\0"
+    assert Normalizer(charsmap)(" xa  \0é ") == "▁xbc▁\0é"
 
 
 def test_a_long_prompt_is_cut_but_keeps_its_end_token():
