@@ -159,6 +159,7 @@ def test_norms_of_q_and_k_have_their_own_eps():
     dit = VideoTransformer(replace(TINY, norm_eps=1e-3))
     norms = {name: m.eps for name, m in dit.named_modules() if isinstance(m, torch.nn.LayerNorm)}
     assert {eps for name, eps in norms.items() if name.endswith(("norm_q", "norm_k"))} == {1e-6}
+    assert {eps for name, eps in norms.items() if not name.endswith(("norm_q", "norm_k"))} == {1e-3}
 
 
 def test_the_position_rule_can_be_overridden_and_matters_off_the_native_grid():
