@@ -57,10 +57,14 @@ def refused(capfd, *argv):
 # ---------------------------------------------------------------- what is written
 
 
-def test_without_a_name_files_are_numbered():
-    made("x")
-    assert made("x", **{"num-frames": 1})[-3:] == ["0002.json", "0002.png", "0002.safetensors"]
+def test_without_a_name_and_a_seed_files_are_numbered_and_a_seed_is_drawn_and_recorded():
+    made("x", seed=None)
+    assert made("x", seed=None, **{"num-frames": 1})[-3:] == ["0002.json", "0002.png", "0002.safetensors"]
     assert sorted(os.listdir("outputs"))[:3] == ["0001.json", "0001.mp4", "0001.safetensors"]
+    first, second = (json.loads(Path(f"outputs/000{i}.json").read_text())["seed"] for i in (1, 2))
+    assert first != second
+    made("x", out="again.mp4", seed=first)
+    assert Path("again.mp4").read_bytes() == Path("outputs/0001.mp4").read_bytes()
 
 
 def test_compile_compiles_each_block_of_the_transformer(monkeypatch):
@@ -79,15 +83,6 @@ def test_several_prompts_and_seeds_make_a_video_each():
     assert len(set(pictures)) == 4
     made("y", model=TEXT, seed=4, out="b.png", **{"num-steps": 1, "num-frames": None})
     assert Path("b.png").read_bytes() == pictures[3], "the same alone as among others"
-
-
-def test_without_a_seed_it_is_drawn_and_recorded():
-    made("x", out="a.png", seed=None)
-    made("x", out="b.png", seed=None)
-    seeds = [json.loads(Path(f"{name}.json").read_text())["seed"] for name in "ab"]
-    assert seeds[0] != seeds[1]
-    made("x", out="c.png", seed=seeds[0])
-    assert Path("c.png").read_bytes() == Path("a.png").read_bytes()
 
 
 @pytest.mark.parametrize(
