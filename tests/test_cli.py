@@ -2,23 +2,22 @@
 
 import json
 import os
-import shutil
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import GOLDENS
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import sample
 from media import read_video, write_video
 from transformer import Block, VideoTransformer
+from vae import VideoVAE
 
 INPAINT, V15, TEXT = GOLDENS / "fun-2b-inp", GOLDENS / "fun-1.5-5b-inp", GOLDENS / "cogvideox-2b-t2v"
 ROPE, CONTROL, IMAGE = GOLDENS / "fun-5b-inp", GOLDENS / "fun-2b-control", GOLDENS / "cogvideox-5b-i2v"
-VAE = "vae/diffusion_pytorch_model.safetensors"
 NOISE = np.random.default_rng(0).integers(0, 256, (13, 32, 48, 3), dtype=np.uint8)
 
 
@@ -208,13 +207,10 @@ def test_the_step_is_the_one_where_it_happens(monkeypatch, capfd):
     assert "at step 3 (timestep 499) in float16; try dtype bfloat16 or float32" in message and len(calls) == 3
 
 
-def test_frames_that_are_not_finite_are_never_written_and_latents_stay(tmp_path, capfd):
-    model = tmp_path / "model"
-    shutil.copytree(INPAINT, model, ignore=shutil.ignore_patterns("expected*", "assets"))
-    weights = load_file(model / VAE)
-    weights["decoder.conv_in.conv.bias"].fill_(float("nan"))
-    save_file(weights, model / VAE)
-    assert sample.main(["x", "--model", str(model), "--num-steps", "1", "--out", "a.mp4"]) == 2
+def test_frames_that_are_not_finite_are_never_written_and_latents_stay(monkeypatch, capfd):
+    nothing = torch.full((1, 3, 1, 32, 48), torch.nan)
+    monkeypatch.setattr(VideoVAE, "decode_stream", lambda *_, **__: iter([nothing]))
+    assert sample.main(["x", "--model", str(INPAINT), "--num-steps", "1", "--out", "a.mp4"]) == 2
     assert "decoded frames are not finite in float32; decode the saved latents" in capfd.readouterr().err
     assert os.listdir() == ["a.safetensors"]
 
