@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import GOLDENS, assert_close, expected
 from safetensors.torch import load_file
+from torch import Tensor
 
 import data
 import presets
@@ -114,6 +115,13 @@ def test_timesteps_of_a_step_cover_every_band_once_and_over_many_steps_are_unifo
     assert abs((drawn < 250).double().mean() - 0.25) < 0.01
 
 
+def test_a_shift_draws_noisy_timesteps_more_often():
+    plain, shifted = (stratified_timesteps(0, 0, 2000, shift).float() for shift in (1.0, 3.0))
+    assert plain.median().item() == pytest.approx(500, abs=5)
+    assert shifted.median().item() == pytest.approx(750, abs=5)  # 3/2 / (1 + 2/2)
+    assert 0 <= shifted.min() and shifted.max() <= 999
+
+
 @pytest.mark.parametrize("model", [INPAINT, GOLDENS / "fun-1.5-5b-inp"])  # the latter with noisy references
 def test_a_sample_is_encoded_alike_in_every_batch(model):
     task = task_for(model)
@@ -125,7 +133,8 @@ def test_a_sample_is_encoded_alike_in_every_batch(model):
             assert_close(tensor.float(), together[name][i : i + 1].float(), 1e-5)
 
 
-def test_noise_and_what_posteriors_give_are_a_function_of_the_micro_batch_alone(monkeypatch):
+def watch_losses(monkeypatch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The latents, noise and condition of each call of `denoising_losses` from now on."""
     seen = []
 
     def watched(dit, schedule, latents, noise, timesteps, text, condition, motion):
@@ -133,6 +142,11 @@ def test_noise_and_what_posteriors_give_are_a_function_of_the_micro_batch_alone(
         return torch.zeros(len(latents))
 
     monkeypatch.setattr(train_dit, "denoising_losses", watched)
+    return seen
+
+
+def test_noise_and_what_posteriors_give_are_a_function_of_the_micro_batch_alone(monkeypatch):
+    seen = watch_losses(monkeypatch)
     task = task_for(INPAINT)
     samples, micro = drawn()
     batch = task.encode(samples)
@@ -340,7 +354,8 @@ def test_phases_follow_each_other_and_resume_across_the_border(tmp_path):
     assert run(tmp_path / "parts", *options, "--num-steps", 2) == 0
     text = "text_encoder/model.safetensors"
     learnt = (tmp_path / "parts" / text).read_bytes()
-    assert learnt != (INPAINT / text).read_bytes()
+    now, start = load_file(tmp_path / "parts" / text), load_file(INPAINT / text)
+    assert not all(torch.equal(weight, start[name]) for name, weight in now.items())
     assert run(tmp_path / "parts", *options, "--resume") == 0
     assert learnt == (tmp_path / "parts" / text).read_bytes()
     for name in (TRANSFORMER, text):
@@ -469,13 +484,6 @@ def test_colours_count_more_where_the_target_is_colourful():
     assert train_vae.reconstruction_losses(edge, grey) > train_vae.reconstruction_losses(flat, grey)
 
 
-def test_a_shift_draws_noisy_timesteps_more_often():
-    plain, shifted = (stratified_timesteps(0, 0, 2000, shift).float() for shift in (1.0, 3.0))
-    assert plain.median().item() == pytest.approx(500, abs=5)
-    assert shifted.median().item() == pytest.approx(750, abs=5)  # 3/2 / (1 + 2/2)
-    assert 0 <= shifted.min() and shifted.max() <= 999
-
-
 def test_text_only_samples_have_everything_masked_and_a_zero_condition():
     for share in (0.0, 1.0):
         samples, _ = drawn(8, text_only=share)
@@ -523,11 +531,13 @@ def test_a_lora_file_says_what_the_run_validated(tmp_path):
     assert abs(first - last) > 1e-3
 
 
-def test_a_transformer_from_scratch_fits_the_text_encoder_it_is_given(tmp_path):
-    assert run(tmp_path, "--from-scratch", "--num-steps", 1, **{"dit.num_layers": 1}) == 0
-    dit = VideoTransformer.from_pretrained(tmp_path).config
-    assert dit.text_embed_dim == T5Encoder.from_pretrained(INPAINT).config.d_model
-    assert dit.num_layers == 1 and dit.time_embed_dim == presets.TINY.dit.time_embed_dim
+def test_a_transformer_from_scratch_fits_its_text_encoder_and_keeps_its_position_rule(tmp_path):
+    fields = {"dit.num_layers": 1, "position": "slice"}
+    assert run(tmp_path, "--from-scratch", "--num-steps", 1, **fields) == 0
+    dit = VideoTransformer.from_pretrained(tmp_path)
+    assert dit.config.text_embed_dim == T5Encoder.from_pretrained(INPAINT).config.d_model
+    assert dit.config.num_layers == 1 and dit.config.time_embed_dim == presets.TINY.dit.time_embed_dim
+    assert dit.position == "slice"
 
 
 # ---------------------------------------------------------------- models by channels
@@ -548,11 +558,6 @@ def test_a_run_grows_from_a_text_model_without_changing_what_it_says(tmp_path, i
         condition = torch.randn(1, in_channels - 16, 2, 4, 6)
         ours = grown(noisy, torch.tensor([500]), text, condition)
         assert_close(ours, plain(noisy, torch.tensor([500]), text), 1e-5)
-
-
-def test_a_run_with_another_position_rule_says_so_in_its_folder(tmp_path):
-    assert run(tmp_path, "--num-steps", 1, position="slice") == 0
-    assert VideoTransformer.from_pretrained(tmp_path).position == "slice"
 
 
 def with_controls(folder: Path) -> Path:
@@ -604,20 +609,14 @@ def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkey
     monkeypatch.setattr(train_dit, "draw_noise_sigma", lambda _: 0.0)
     monkeypatch.setattr(train_dit, "PICTURE_DROP", 0.0)
     monkeypatch.setattr(train_dit.Denoising, "normal", lambda self, shape, _: torch.zeros(tuple(shape)))
-    given = []
-
-    def watched(dit, schedule, latents, noise, timesteps, text, condition, motion):
-        given.extend([latents, condition])
-        return torch.zeros(len(latents))
-
-    monkeypatch.setattr(train_dit, "denoising_losses", watched)
+    seen = watch_losses(monkeypatch)
     task = task_for(model)
-    plan = Plan((32,), 100, 100)
     [clip] = shapes.records(1, seed=0)
-    bucket = Bucket(9, 32, 48)
-    one = load_sample(data.shape_record(clip), bucket, (0, 0, 0), plan)
-    task.losses(task.encode([one]), Micro(bucket, [0], [(0, 0, 0)], 0, 0, torch.tensor([500])))
-    latents, condition = given
+    bucket, key = Bucket(9, 32, 48), (0, 0, 0)
+    one = load_sample(data.shape_record(clip), bucket, key, Plan((32,), 100, 100))
+    micro = Micro(bucket, [0], [key], 0, 0, torch.tensor([500]))
+    task.losses(task.encode([one]), micro)
+    latents, _, condition = seen[0]
 
     models = train.sample.load_models(model)
     picture = train_dit.to_uint8(pixels_of([one], torch.device("cpu"))[0])[0]
@@ -633,8 +632,9 @@ def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkey
     assert_close(latents[:, :, :1], whole[:, :, :1], 1e-6)
 
     monkeypatch.setattr(train_dit, "PICTURE_DROP", 1.0)
-    task.losses(task.encode([one]), Micro(bucket, [0], [(0, 0, 0)], 0, 0, torch.tensor([500])))
-    assert given[3].shape == condition.shape and not given[3].any()
+    task.losses(task.encode([one]), micro)
+    _, _, dropped = seen[1]
+    assert dropped.shape == condition.shape and not dropped.any()
 
 
 def test_an_image_models_picture_is_noisy_and_sometimes_dropped(monkeypatch):
@@ -693,7 +693,6 @@ def test_presets_hold_the_reports_phases():
     assert [phase.global_batch for phase in phases] == [128, 256, 128]
     assert [phase.num_steps for phase in phases] == [7000, 6500, 5000]
     assert [phase.resolutions[0] for phase in phases] == [512, 768, 1024]
-    assert all(size % 128 == 0 for phase in phases for size in phase.resolutions)
     assert {phase.resolutions[-1] for phase in phases} == {1280}
     assert [phase.max_tokens for phase in presets.TINY.phases[1:]] == [80, 180, 320]
 
