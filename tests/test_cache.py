@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
-from test_train import CONTROL, INPAINT, entries
+from test_train import CONTROL, INPAINT, TRANSFORMER, entries
 from test_train import run as run_small
 
 import cache
@@ -29,8 +29,9 @@ OPTIONS += ["--phase", 3]  # the text encoder learns before it
 PLAN = Plan((32,), max_tokens=8, batch_tokens=16, max_frames=5)
 
 
-def run(*args, **settings) -> int:
-    return run_small(*args, cached_draws=1, **settings)
+def run(out: Path, clips: Path, folder: Path, *options, model: Path = INPAINT) -> int:
+    options = ["--data", clips, "--cache-latents", folder, *OPTIONS, *options]
+    return run_small(out, *options, model=model, cached_draws=1)
 
 
 @pytest.fixture
@@ -83,13 +84,12 @@ def test_a_full_cache_gives_the_same_run_and_asks_the_networks_for_nothing(
 ):
     """Held-out samples included: neither VAE nor T5 is loaded."""
     folder = tmp_path / "cache"
-    options = ["--data", clips, "--cache-latents", folder, *OPTIONS]
-    assert run(tmp_path / "filling", *options, model=model) == 0
+    assert run(tmp_path / "filling", clips, folder, model=model) == 0
     assert "\n4 samples encoded" in capsys.readouterr().out
     before = files(folder)
     for network in (VideoVAE, T5Encoder):
         monkeypatch.setattr(network, "from_pretrained", None)
-    assert run(tmp_path / "full", *options, model=model) == 0
+    assert run(tmp_path / "full", clips, folder, model=model) == 0
     assert "\n0 samples encoded" in capsys.readouterr().out
     assert entries(tmp_path / "full") == entries(tmp_path / "filling")
     assert before == files(folder)
@@ -104,23 +104,19 @@ def test_the_networks_are_let_go_before_the_first_step(tmp_path, clips, monkeypa
         return losses(self, batch, micro)
 
     monkeypatch.setattr(train_dit.Denoising, "losses", watched)
-    assert run(tmp_path / "out", "--data", clips, "--cache-latents", tmp_path / "cache", *OPTIONS) == 0
+    assert run(tmp_path / "out", clips, tmp_path / "cache") == 0
     assert loaded and not any(loaded)
 
 
 def test_a_resumed_run_with_a_cache_ends_with_the_same_bytes(tmp_path, clips):
-    options = ["--data", clips, "--cache-latents", tmp_path / "cache", *OPTIONS]
-    assert run(tmp_path / "whole", *options) == 0
-    assert run(tmp_path / "parts", *options, "--num-steps", 3) == 0
-    assert run(tmp_path / "parts", *options, "--resume") == 0
-    [whole, parts] = (tmp_path / name / "transformer" for name in ("whole", "parts"))
-    for path in whole.glob("*.safetensors"):
-        assert path.read_bytes() == (parts / path.name).read_bytes()
+    assert run(tmp_path / "whole", clips, tmp_path / "cache") == 0
+    assert run(tmp_path / "parts", clips, tmp_path / "cache", "--num-steps", 3) == 0
+    assert run(tmp_path / "parts", clips, tmp_path / "cache", "--resume") == 0
+    assert (tmp_path / "whole" / TRANSFORMER).read_bytes() == (tmp_path / "parts" / TRANSFORMER).read_bytes()
 
 
 def test_an_interrupted_run_keeps_what_it_has_made(tmp_path, clips, monkeypatch):
     folder = tmp_path / "cache"
-    options = ["--data", clips, "--cache-latents", folder, *OPTIONS]
     save, made = cache.save_tensors, []
 
     def interrupted(*args):
@@ -129,11 +125,11 @@ def test_an_interrupted_run_keeps_what_it_has_made(tmp_path, clips, monkeypatch)
         made.append(save(*args))
 
     monkeypatch.setattr(cache, "save_tensors", interrupted)
-    assert run(tmp_path / "first", *options) == 2
+    assert run(tmp_path / "first", clips, folder) == 2
     monkeypatch.undo()
     before = files(folder)
     assert len(before) == 2
-    assert run(tmp_path / "second", *options) == 0
+    assert run(tmp_path / "second", clips, folder) == 0
     after = files(folder)
     assert len(after) > 2 and before.items() <= after.items()
 
@@ -141,8 +137,7 @@ def test_an_interrupted_run_keeps_what_it_has_made(tmp_path, clips, monkeypatch)
 def test_damaged_entries_are_made_anew(tmp_path, clips):
     """What a kill or a full disk leaves: files of a wrong length. Nobody looks for flipped bits."""
     folder = tmp_path / "cache"
-    options = ["--data", clips, "--cache-latents", folder, *OPTIONS]
-    assert run(tmp_path / "filling", *options) == 0
+    assert run(tmp_path / "filling", clips, folder) == 0
     whole = {path: path.read_bytes() for path in files(folder)}
     damages = [
         lambda content: b"",
@@ -153,15 +148,14 @@ def test_damaged_entries_are_made_anew(tmp_path, clips):
     assert len(whole) >= len(damages)
     for damage, (path, content) in zip(itertools.cycle(damages), whole.items()):
         path.write_bytes(damage(content))
-    assert run(tmp_path / "again", *options) == 0
+    assert run(tmp_path / "again", clips, folder) == 0
     assert entries(tmp_path / "again") == entries(tmp_path / "filling")
     assert {path: path.read_bytes() for path in files(folder)} == whole
 
 
 def test_while_the_text_encoder_learns_its_output_is_not_kept(tmp_path, clips):
     """Ids are, and behind its last phase what it says then, not what it said before."""
-    options = ["--data", clips, "--cache-latents", tmp_path / "cache", *OPTIONS, "--phase", 2]
-    options += ["--phase-steps", 1, 2, 2, "--lr", 1e-2]
+    options = [clips, tmp_path / "cache", "--phase", 2, "--phase-steps", 1, 2, 2, "--lr", 1e-2]
 
     def kept() -> list[torch.Tensor]:
         entries = (load_file(path) for path in files(tmp_path / "cache"))

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import GOLDENS, VARIANTS, assert_close, expected
-from test_vae import FP32, flat_clips, pixels_of
+from conftest import GOLDENS, VARIANTS, assert_close
+from test_vae import FP32, assert_equals_the_reference, flat_clips
 
 from vae import VAEConfig, VideoVAE
 from vae_fast import speed_up
@@ -27,21 +27,7 @@ def wide() -> VideoVAE:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_sped_up_vae_equals_the_reference(variant):
-    want, model = expected(variant), fast(VideoVAE.from_pretrained(GOLDENS / variant))
-    pixels, latents = pixels_of(want["vae.video_u8"]), want["vae.z"] * model.config.scaling_factor
-    compared = 0
-    for name, theirs in want.items():
-        kind, _, count = name.rpartition(".")
-        if kind == "vae.encode":
-            ours = torch.cat(model.moments(pixels[:, :, : int(count[1:])]), dim=1)
-        elif kind in ("vae.decode", "vae.decode_autosplit"):
-            first_alone = variant.startswith("fun") and kind == "vae.decode"
-            ours = model.decode(latents[:, :, : int(count[1:])], first_alone=first_alone)
-        else:
-            continue
-        assert_close(ours, theirs, FP32)
-        compared += 1
-    assert compared >= 2
+    assert_equals_the_reference(fast(VideoVAE.from_pretrained(GOLDENS / variant)), variant)
 
 
 def test_a_wide_one_equals_the_plain_one_and_is_saved_as_it_was_loaded(wide, tmp_path):
