@@ -295,6 +295,8 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
 def prompt_notes(models: Models, requests: list[Request]) -> list[str]:
     """What of the prompts does not reach the network: what is too long, and words a small model lacks."""
     notes = []
+    if requests[0].negative_prompt and requests[0].guidance_scale <= 1:
+        notes.append("without guidance the negative prompt is not used; give --guidance-scale above 1")
     tokenizer = models.tokenizer
     for prompt in dict.fromkeys(request.prompt for request in requests):
         if len(tokenizer.encode(prompt)) >= models.config.max_text_seq_length:  # one place is for </s>

@@ -250,7 +250,9 @@ def begin_phase(task, phase: Phase, config: Config, before: Optim | None, newest
     return optim
 
 
-def describe(task, phase: Phase, config: Config, optim: Optim, feed: Feed, epoch: int, out: Path) -> None:
+def describe(
+    task, phase: Phase, config: Config, optim: Optim, feed: Feed, num_steps: int, epoch: int, out: Path
+) -> None:
     """What will happen, before it does."""
     plan, micros = feed.plan, feed.epochs.micros(epoch)
     size = sum(param.numel() for param in optim.params.values()) / 1e6
@@ -260,7 +262,7 @@ def describe(task, phase: Phase, config: Config, optim: Optim, feed: Feed, epoch
         f"training {names}: {size:.2f} M parameters on {task.device} in {str(task.dtype)[6:]} -> {out}\n"
         f"a step is {phase.global_batch // config.batch_size} micro-batches of up to {plan.batch_tokens} "
         f"video tokens, with {config.noises_per_clip} noise(s) a sample, on {NUM_RANKS} rank(s)\n"
-        f"{phase.num_steps} steps at resolutions {resolutions}, up to {phase.max_tokens} tokens and "
+        f"{num_steps} steps at resolutions {resolutions}, up to {phase.max_tokens} tokens and "
         f"{plan.max_frames} frames; the shapes of the epoch:\n{data.bucket_table(micros, plan)}"
     )
     if 2 * config.warmup_steps > phase.num_steps:
@@ -308,8 +310,9 @@ def train(task, config: Config, options: argparse.Namespace, run: Run, feed: Fee
     while at.total_steps < num_steps and not stop:
         phase = config.phases[at.phase]
         optim = begin_phase(task, phase, config, optim, run.newest)
-        feed.begin(phase, at.epoch, at.batch, min(phase.num_steps - at.step, num_steps - at.total_steps))
-        describe(task, phase, config, optim, feed, at.epoch, out)
+        steps_ahead = min(phase.num_steps - at.step, num_steps - at.total_steps)
+        feed.begin(phase, at.epoch, at.batch, steps_ahead)
+        describe(task, phase, config, optim, feed, steps_ahead, at.epoch, out)
         if at.total_steps == 0:
             validate(task, optim, feed, log, 0)  # where it starts
 

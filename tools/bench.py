@@ -269,6 +269,8 @@ def t5_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
 
 SAMPLING = {  # way -> settings of `sample.generate`: here what makes it faster or smaller is compared
     "ours": {},
+    "step cache 0.1": {"step_cache": 0.1},
+    "dpm++, 20 steps": {"sampler": "dpm++", "num_steps": 20},
 }
 
 
