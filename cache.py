@@ -83,7 +83,7 @@ class DeviceCache(Cache):
     def __init__(self, *encoding, device: torch.device):
         super().__init__(*encoding)
         self.device = device
-        self.tables: dict[Bucket, Batch] = {}  # {name: n …}
+        self.tables: dict[Bucket, list[Batch]] = {}  # {name: n …}, while they are filled in pieces
         self.rows: dict[tuple[Bucket, Key], int] = {}  # in the tables of its bucket
         self.texts = torch.empty(0)  # of each caption, n L d or, while T5 learns, ids n L
         self.text_rows: dict[str, int] = {}
@@ -93,11 +93,9 @@ class DeviceCache(Cache):
         return (bucket, key) in self.rows
 
     def fill(self, micros: list[Micro]) -> int:
-        self.made = {bucket: [table] for bucket, table in self.tables.items()}
         count = super().fill(micros)
-        for bucket, batches in self.made.items():
-            self.tables[bucket] = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
-        del self.made
+        for pieces in self.tables.values():
+            pieces[:] = [{name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}]
         return count
 
     def keep_clips(self, group: Micro, batch: Batch, captions: list[str]) -> None:
@@ -106,7 +104,7 @@ class DeviceCache(Cache):
             self.rows[group.bucket, key] = len(text_of)
             text_of.append(self.text_rows.setdefault(caption, len(self.text_rows)))
         here = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        self.made.setdefault(group.bucket, []).append(here)
+        self.tables.setdefault(group.bucket, []).append(here)
 
     def keep_texts(self, micros: list[Micro]) -> None:
         """All of them anew in each phase: T5 may have learnt in the last one."""
@@ -123,7 +121,8 @@ class DeviceCache(Cache):
             text_of = self.text_of[micro.bucket]
             texts, text_row = torch.tensor([text_of[row] for row in rows]).unique(return_inverse=True)
             rows, text_row = torch.tensor([rows, text_row.tolist()]).to(self.device)  # in one transfer
-            batch = {name: table[rows] for name, table in self.tables[micro.bucket].items()}
+            [table] = self.tables[micro.bucket]
+            batch = {name: column[rows] for name, column in table.items()}
             yield batch | {"text": self.texts[texts.to(self.device)], "text_row": text_row}
 
 
@@ -177,13 +176,12 @@ class DiskCache(Cache):
             yield {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
     def read_entry(self, index: int, bucket: Bucket, key: Key) -> Batch:
+        entry = {}
         text_path = self.text_path(self.caption(index, bucket, key))
-        return read_tensors(self.clip_path(index, bucket, key)) | read_tensors(text_path)
-
-
-def read_tensors(path: Path) -> Batch:
-    with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        for path in (self.clip_path(index, bucket, key), text_path):
+            with open_safetensors(path) as file:
+                entry |= {name: file.get_tensor(name) for name in file.keys()}
+        return entry
 
 
 def is_whole(path: Path) -> bool:
