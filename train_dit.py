@@ -124,13 +124,13 @@ class Denoising:
     def __init__(self, config: Config, model_dir: Path, device: torch.device, dtype: torch.dtype):
         self.config, self.model_dir, self.device, self.dtype = config, model_dir, device, dtype
         self.dit = VideoTransformer.from_pretrained(model_dir, dtype=None)
-        self.kind = model_kind(self.dit.config)
         if config.in_channels not in (None, self.dit.config.in_channels):
-            if self.kind != "text":
-                what = f"{model_dir} is of kind {self.kind}"
+            before = model_kind(self.dit.config)
+            if before != "text":
+                what = f"{model_dir} is of kind {before}"
                 raise ValueError(f"{what}; only a text model of 16 channels is grown by --in-channels")
             grow_input_channels(self.dit, config.in_channels)
-            self.kind = model_kind(self.dit.config)
+        self.kind = model_kind(self.dit.config)
         if config.lora_rank:
             from lora import add_lora  # here and in `save` only: without the file all else still works
 
@@ -201,10 +201,10 @@ class Denoising:
             latents, text = latents.repeat_interleave(repeats, 0), text.repeat_interleave(repeats, 0)
             condition = None if condition is None else condition.repeat_interleave(repeats, 0)
         noise = self.normal(latents.shape, draws)
-        inputs = latents, noise, timesteps, text, condition
         dit = self.dit if torch.is_grad_enabled() else self.in_turn
+        schedule, share = self.models.schedule, self.config.motion_sub_loss
         with self.autocast():
-            return denoising_losses(dit, self.models.schedule, *inputs, self.config.motion_sub_loss)
+            return denoising_losses(dit, schedule, latents, noise, timesteps, text, condition, share)
 
     def in_turn(self, noisy: Tensor, timesteps: Tensor, text: Tensor, condition: Tensor | None) -> Tensor:
         """The transformer's velocities; large clips one by one, as the bands of validation take more memory
@@ -222,9 +222,9 @@ class Denoising:
         if self.kind == "control":
             return self.sampled(batch["control"], draws)
         if self.kind == "inpaint":
-            shown = {name: batch[name] for name in ("masked", "known", "zero")}
-            noise = self.normal(shown["masked"].chunk(2, dim=1)[0].shape, draws)
-            return join_condition(**shown, noise=noise, config=self.models.vae_config).float()
+            masked, known, zero = batch["masked"], batch["known"], batch["zero"]
+            noise = self.normal(masked.chunk(2, dim=1)[0].shape, draws)
+            return join_condition(masked, known, zero, noise, self.models.vae_config).float()
         if self.kind == "image":
             mean, logvar = batch["picture"].chunk(2, dim=1)
             noise = self.normal(mean.shape, draws)
@@ -281,7 +281,7 @@ class Denoising:
         """What learnt of the transformer; it may be cut over ranks."""
         weights = self.dit.state_dict()
         if self.config.lora_rank:
-            weights = {name: weight for name, weight in weights.items() if ".lora_" in name}
+            return {name: weight for name, weight in weights.items() if ".lora_" in name}
         return weights
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
