@@ -112,15 +112,17 @@ def within_mask(models: sample.Models, scene: Scene) -> dict:
 
 def recolored(models: sample.Models, scene: Scene, strength: float) -> dict:
     """The prompt names another colour; every centre must stay within a tenth of the side."""
-    dice, true = random.Random(str(scene)), drawn(scene)
-    color = dice.choice([c for c in shapes.COLORS if c != scene.color])
+    true = drawn(scene)
+    others = [color for color in shapes.COLORS if color != scene.color]
+    color = random.Random(str(scene)).choice(others)
     prompt = scene.caption().replace(scene.color, color, 1)
     frames = make(models, scene, prompt, video=true, strength=strength)
     verdict = {"color": False, "path": False} | judge(frames, scene, ())
-    if (found := read_attributes(frames)) is not None:
+    found = read_attributes(frames)
+    if found:
         verdict["color"] = found["color"] == color
-        far = (shapes.path(frames) - shapes.path(true)).norm(dim=1).max().item()
-        verdict["path"] = far <= 0.1
+        far = (shapes.path(frames) - shapes.path(true)).norm(dim=1).max()
+        verdict["path"] = far.item() <= 0.1
     return verdict | {"all": verdict["color"] and verdict["path"]}
 
 
