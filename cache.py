@@ -20,6 +20,7 @@ Dimension key: b batch, f' h' w' frames, height, width of latents, L text tokens
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,19 +35,14 @@ TEXTS = 64  # that T5 encodes together: each time all its layers are read from t
 TOKENS = 16384  # that the VAE encodes together: it takes far more memory than the latents it gives
 
 
+@dataclass
 class Cache:
     """What both homes share: making what is lacking."""
 
-    def __init__(
-        self,
-        loader: Loader,
-        read: Callable[[Record, Bucket, Key], Sample],
-        encode_clips: Callable[[list[Sample]], Batch],
-        encode_texts: Callable[[list[str]], Tensor],
-    ):
-        """encode_texts: what T5 makes of captions, b L d; or, while T5 learns, their ids, b L"""
-        self.loader, self.read = loader, read
-        self.encode_clips, self.encode_texts = encode_clips, encode_texts
+    loader: Loader
+    read: Callable[[Record, Bucket, Key], Sample]
+    encode_clips: Callable[[list[Sample]], Batch]
+    encode_texts: Callable[[list[str]], Tensor]  # by T5, b L d; or, while T5 learns, to its ids, b L
 
     def fill(self, micros: list[Micro]) -> int:
         """Make what these micro-batches ask for and is not there yet; returns how many samples that were."""
@@ -77,12 +73,13 @@ def places_of(micros: list[Micro]) -> list[tuple[int, Bucket, Key]]:
     return list(dict.fromkeys(place for micro in micros for place in micro.places()))
 
 
+@dataclass
 class DeviceCache(Cache):
     """Kept on the device that trains: for small models, whose steps are quicker than any reading."""
 
-    def __init__(self, *encoding, device: torch.device):
-        super().__init__(*encoding)
-        self.device = device
+    device: torch.device
+
+    def __post_init__(self):
         self.tables: dict[Bucket, list[Batch]] = {}  # {name: n …}, while they are filled in pieces
         self.rows: dict[tuple[Bucket, Key], int] = {}  # in the tables of its bucket
         self.texts = torch.empty(0)  # of each caption, n L d or, while T5 learns, ids n L
@@ -126,16 +123,14 @@ class DeviceCache(Cache):
             yield batch | {"text": self.texts[texts.to(self.device)], "text_row": text_row}
 
 
+@dataclass
 class DiskCache(Cache):
     """Kept in a folder, for any number of runs."""
 
-    def __init__(self, *encoding, folder: Path, settings: tuple, text_settings: tuple, digests: list[str]):
-        """settings, text_settings: all that decides what encoding gives, such as `files_digest` of weights
-        digests: of the records' contents, see `content_digests`
-        """
-        super().__init__(*encoding)
-        self.folder, self.digests = folder, digests
-        self.settings, self.text_settings = settings, text_settings
+    folder: Path
+    settings: tuple  # all that decides what encoding gives, such as `files_digest` of weights
+    text_settings: tuple  # likewise of texts
+    digests: list[str]  # of the records' contents, see `content_digests`
 
     def path(self, *decided_by) -> Path:
         name = hashlib.sha256(repr((VERSION, *decided_by)).encode()).hexdigest()
