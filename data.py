@@ -14,7 +14,7 @@ import inspect
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,17 +229,22 @@ class Micro:
     indices: list[int]  # of its samples, in the records
     keys: list[Key]  # of the same
     epoch: int
-    number: int  # in the epoch's list; with the epoch it decides the noise
+    number: int  # in the epoch's list
     timesteps: Tensor | None = None  # one for each noise, see train.stratified_timesteps
 
     def places(self) -> list[tuple[int, Bucket, Key]]:
         """What each sample is made from: its number in the records, its shape, its draws."""
         return [(index, self.bucket, key) for index, key in zip(self.indices, self.keys)]
 
+    def draws(self, seed: int, device: torch.device) -> torch.Generator:
+        """Of its posterior and diffusion noise, which are drawn at once for all its samples."""
+        return generator(seed, self.epoch, self.number, "noise", device=device)
+
 
 Batch = dict[str, Tensor]  # a micro-batch encoded, see train_dit.Encoders and cache.py
 
 
+@dataclass
 class Epochs:
     """Epoch after epoch of micro-batches: every record once an epoch, in random order.
 
@@ -251,18 +256,15 @@ class Epochs:
     is left over waits for another epoch, so that each bucket has one size, and a compiler one shape.
     """
 
-    def __init__(
-        self,
-        records: list[Record],
-        plan: Plan,
-        seed: int,
-        num_draws: int = 0,
-        only_full: bool = False,
-        names: list[int] | None = None,
-    ):
-        self.records, self.plan, self.seed = records, plan, seed
-        self.num_draws, self.only_full = num_draws, only_full
-        self.names = names or list(range(len(records)))
+    records: list[Record]
+    plan: Plan
+    seed: int
+    num_draws: int = 0
+    only_full: bool = False
+    names: Sequence[int] = ()
+
+    def __post_init__(self):
+        self.names = self.names or range(len(self.records))
         self.buckets: dict[int, list[Bucket]] = {}  # by draw
 
     def micros(self, epoch: int, everything: bool = False) -> list[Micro]:

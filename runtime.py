@@ -148,6 +148,11 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # with AVX-512 alone it can be slower
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in dtype, of weights in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 # ---------------------------------------------------------------- draws
 
 

@@ -29,7 +29,7 @@ from inpaint import add_reference_noise, draw_noise_sigma, encode_masked, join_c
 from kinds import is_cogvideox15, max_num_frames, model_kind, native_size, num_padding
 from media import to_pixels, to_uint8
 from presets import Config, Phase
-from runtime import chance, generator
+from runtime import autocast, chance, generator
 from text_encoder import T5Encoder
 from transformer import VideoTransformer, grow_input_channels
 from vae import sample_first_picture, sample_posterior
@@ -189,7 +189,7 @@ class Denoising:
     def losses(self, batch: Batch, micro: Micro) -> Tensor:
         """One loss for each timestep of the micro-batch: noises_per_clip of them for each sample."""
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        draws = generator(self.config.seed, micro.epoch, micro.number, "noise", device=self.device)
+        draws = micro.draws(self.config.seed, self.device)
         timesteps = micro.timesteps.to(self.device, non_blocking=True)
         latents = self.sampled(batch["latents"], draws)
         num_copies = num_padding(self.dit.config, latents.shape[2])  # of the first frame, in front
@@ -203,7 +203,7 @@ class Denoising:
         noise = self.normal(latents.shape, draws)
         dit = self.dit if torch.is_grad_enabled() else self.in_turn
         schedule, share = self.models.schedule, self.config.motion_sub_loss
-        with self.autocast():
+        with autocast(self.device, self.dtype):
             return denoising_losses(dit, schedule, latents, noise, timesteps, text, condition, share)
 
     def in_turn(self, noisy: Tensor, timesteps: Tensor, text: Tensor, condition: Tensor | None) -> Tensor:
@@ -237,7 +237,7 @@ class Denoising:
         """b L d, fp32, of what the batch holds: that, or ids where T5 learns; each caption once or often."""
         text = batch["text"]
         if not text.is_floating_point():
-            with self.autocast():
+            with autocast(self.device, self.dtype):
                 text = self.t5(text)
         if "text_row" in batch:
             text = text[batch["text_row"]]
@@ -250,9 +250,6 @@ class Denoising:
 
     def normal(self, shape: Iterable[int], draws: torch.Generator) -> Tensor:
         return torch.randn(tuple(shape), generator=draws, device=self.device)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
     def validate(self, held_out: list[tuple[Batch, Micro]]) -> dict[str, float]:
@@ -274,7 +271,7 @@ class Denoising:
             settings["control_video"] = shown.control.numpy()
         if self.kind == "image":
             settings["image"] = to_uint8(pixels_of([shown], torch.device("cpu"))[0])[0]
-        with self.autocast():
+        with autocast(self.device, self.dtype):
             return sample.generate(models, shown.caption, **settings)
 
     def weights(self) -> dict[str, Tensor]:

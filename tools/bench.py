@@ -33,6 +33,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from runtime import autocast  # noqa: E402
 from text_encoder import T5Config, T5Encoder  # noqa: E402
 from transformer import CHECKPOINTING, TransformerConfig, VideoTransformer  # noqa: E402
 from vae import VAEConfig, VideoVAE  # noqa: E402
@@ -303,9 +304,8 @@ def learn(
 ) -> Tensor:
     """One step as train.py takes it, from cached latents and text; how: activations are checkpointed"""
     dit.activation_checkpointing = how
-    dtype = where["dtype"]
     try:
-        with torch.enable_grad(), torch.autocast(where["device"].type, dtype, enabled=dtype != torch.float32):
+        with torch.enable_grad(), autocast(**where):
             loss = dit(*inputs).float().square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
