@@ -623,8 +623,9 @@ def main(argv: list[str] | None = None) -> int:
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     store = runtime.join_ranks()
     try:
-        stopped = run_command(argv, signals)
-        return 128 + (signals or [signal.SIGTERM])[0] if stopped else 0
+        if not run_command(argv, signals):
+            return 0
+        return 128 + (signals[0] if signals else signal.SIGTERM)  # the latter where it came to another rank
     except (Exception, KeyboardInterrupt) as error:
         if store and store.add("failed", 1) > 1:
             return 2  # an error of one rank is soon one of all, but the first alone knows why

@@ -218,6 +218,7 @@ def summarize(entries: list[dict]) -> dict[str, dict]:
 
 
 COLUMNS = ["all", "color", "shape", "motion", "background", "path", "fit", "worst_fit", "psnr"]
+FORMATS = {"fit": "{:.3f}", "worst_fit": "{:.3f}", "psnr": "{:.1f} dB"}  # the others are shares
 
 
 def table(summary: dict[str, dict]) -> Iterator[str]:
@@ -226,9 +227,8 @@ def table(summary: dict[str, dict]) -> Iterator[str]:
     for task, measures in summary.items():
         cells = []
         for name in COLUMNS:
-            value = measures.get(name, [None])[0]
-            form = "{:.3f}" if "fit" in name else "{:.1f} dB" if name == "psnr" else "{:.0%}"
-            cells.append("" if value is None else form.format(value))
+            form = FORMATS.get(name, "{:.0%}")
+            cells.append(form.format(measures[name][0]) if name in measures else "")
         yield f"| {task} | {measures['clips']} | " + " | ".join(cells) + " |"
 
 
