@@ -165,11 +165,14 @@ def _to_entry(folder: Path, item: object) -> tuple[list[str], Entry | None]:
     if not isinstance(item, dict):
         return ["should be an object {…}"], None
     problems = []
-    fields = {name: value for name, value in item.items() if value != "" or name == "text"}
+    fields = {}
     for name in ("file_path", "text", "type", "control_file_path"):
-        if not isinstance(fields.get(name, ""), str):
-            problems.append(f"{name} = {json.dumps(fields.pop(name))[:80]} should be a string")
-        elif name not in fields and name in ("file_path", "text"):
+        value = item.get(name, "")
+        if not isinstance(value, str):
+            problems.append(f"{name} = {json.dumps(value)[:80]} should be a string")
+        elif value or (name == "text" and name in item):  # an empty caption is one
+            fields[name] = value
+        elif name in ("file_path", "text"):
             problems.append(f"{name} is missing")
     kind = fields.get("type")
     if kind not in (None, "video", "image"):
