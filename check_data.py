@@ -155,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
             files = [job.result() for job in tqdm(jobs, "decoding", unit="file", disable=None)]
         finally:
             pool.shutdown(cancel_futures=True)  # or control-c would wait for all of them
-    num_lost, num_odd = (sum(bool(file[kind]) for file in files) for kind in ("lost", "odd"))
+    num_lost = sum(bool(file["lost"]) for file in files)
+    num_odd = sum(bool(file["odd"]) for file in files)
     if args.json:
         report = {"samples": len(files), "lost": num_lost, "odd": num_odd}
         report |= {"mistakes": args.mistakes, "remarks": args.remarks, "files": files}
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in args.remarks + args.mistakes:
             say(f"{args.meta}: {line}")
         say(f"samples: {len(files)}, lost: {num_lost}, odd: {num_odd}, mistakes: {len(args.mistakes)}")
-    return int(num_lost > 0 or len(args.mistakes) > 0)
+    return 1 if num_lost or args.mistakes else 0
 
 
 if __name__ == "__main__":
