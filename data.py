@@ -372,7 +372,7 @@ def read_all(record: Record, read: Reader, start: int, num_frames: int, size: tu
     """What one of a record's readers gives; ValueError if the file is shorter than its header says."""
     frames = read(start, num_frames, size)
     missing = num_frames - len(frames)
-    if missing:
+    if missing > 0:
         raise ValueError(f"{record.name} ends {missing} frames before its header says; encode it anew")
     return frames
 
