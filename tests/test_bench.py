@@ -53,15 +53,6 @@ def test_another_result_fails_the_run(monkeypatch, capsys):
     assert "TOO LARGE" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_said_and_the_others_go_on():
-    def too_much() -> torch.Tensor:
-        raise torch.OutOfMemoryError("no memory left")
-
-    case = bench.Case("a case", {"ours": too_much, "fast": lambda: torch.ones(9)})
-    found = bench.measure(case, 1, WHERE["device"])
-    assert found["ours"] == {"failure": "OutOfMemoryError"} and found["fast"]["ratio"] == 1
-
-
 @pytest.mark.parametrize("rank", [16, 0])
 def test_a_step_of_fine_tuning_changes_what_is_to_learn_alone(rank):
     dit, learnt = bench.learner(replace(bench.SMALL_DIT, in_channels=33), rank, WHERE)

@@ -1,4 +1,4 @@
-"""Timesteps, patches, positions: against formulas written another way and against the reference's tables."""
+"""Patches and positions: properties, and the reference's tables; test_transformer.py compares the rest."""
 
 import json
 import math
@@ -8,26 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDENS, VARIANTS, assert_close, expected
 
-from embeddings import (
-    crop_region,
-    patchify,
-    rope_table,
-    rotate,
-    sincos_table,
-    timestep_embedding,
-    unpatchify,
-)
+from embeddings import crop_region, patchify, rope_table, rotate, sincos_table, unpatchify
 
 CPU = torch.device("cpu")
-
-
-def test_timesteps_become_cosines_then_sines_of_slowing_frequencies():
-    ours = timestep_embedding(torch.tensor([0, 7, 999]), 8)
-    for row, t in zip(ours, (0, 7, 999)):
-        angles = [t / 10000 ** (i / 4) for i in range(4)]
-        theirs = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
-        assert_close(row, theirs, 1e-4)  # float32 angles up to 999: 999 * 6e-8
-    assert ours.dtype == torch.float32
 
 
 @pytest.mark.parametrize("p_t", [1, 2])
@@ -36,25 +19,6 @@ def test_unpatchify_undoes_patchify(p_t):
     tokens = patchify(x, p_t, 2)
     assert tokens.shape == (2, 4 // p_t * 3 * 5, 3 * p_t * 4)
     assert torch.equal(unpatchify(tokens, (4 // p_t, 3, 5), p_t, 2), x)
-
-
-def test_patches_run_frame_row_column_and_inside_channel_frame_row_column():
-    x = torch.arange(2 * 2 * 4 * 6).view(1, 2, 2, 4, 6).float()
-    tokens = patchify(x, 2, 2)  # 1 frame, 2 rows, 3 columns
-    assert torch.equal(tokens[0, 4], x[0, :, :, 2:4, 2:4].flatten())  # row 1, column 1
-    assert torch.equal(patchify(x, 1, 2)[0, 6], x[0, :, 1, 0:2, 0:2].flatten())  # frame 1, row 0, column 0
-
-
-def test_sincos_gives_frame_column_row_their_channels():
-    table = sincos_table(16, (2, 3, 4), (3, 4), 5, 2.0, 1.0, CPU)
-    assert table.shape == (5 + 24, 16) and not table[:5].any()  # text has no position
-    frame, row, col = 1, 2, 3
-    expected_row = []
-    for place, dim in ((frame, 4), (col / 2, 6), (row / 2, 6)):
-        angles = [place / 10000 ** (2 * i / dim) for i in range(dim // 2)]
-        expected_row += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-    place = table[5 + frame * 12 + row * 4 + col]
-    assert_close(place, torch.tensor(expected_row), 1e-6)  # float32 of float64
 
 
 def test_sincos_is_computed_in_float64():
@@ -80,20 +44,6 @@ def test_the_crop_region_keeps_the_aspect_ratio_centred_in_the_native_grid():
     assert crop_region(2, 5, (4, 5)) == (1, 3, 0, 5)
     assert crop_region(1, 5, (4, 5)) == (2, 3, 0, 5)  # offset 1.5 rounds to even
     assert crop_region(2, 1, (5, 5)) == (0, 5, 2, 4)  # width 2.5 rounds to even, so does the offset 1.5
-
-
-def test_rope_places_divide_the_crop_region_evenly_without_its_end():
-    cos, _ = rope_table(16, (3, 5, 1), (4, 4), 0, CPU)  # crop region: rows 0…4, columns 2…3
-    cos = cos.view(3, 5, 8)
-    assert_close(cos[:, 0, 0], torch.tensor([0.0, 1.0, 2.0]).cos(), 1e-6)  # frames count 0, 1, 2
-    assert_close(cos[0, :, 2], torch.tensor([0.0, 0.8, 1.6, 2.4, 3.2]).cos(), 1e-6)
-    assert_close(cos[0, :, 5], torch.full((5,), 2.0).cos(), 1e-6)
-
-
-def test_rope_without_a_native_grid_counts_patches():
-    cos, _ = rope_table(16, (1, 2, 4), None, 0, CPU)
-    assert_close(cos.view(2, 4, 8)[1, :, 5], torch.arange(4.0).cos(), 1e-6)
-    assert_close(cos.view(2, 4, 8)[:, 3, 2], torch.arange(2.0).cos(), 1e-6)
 
 
 def test_rotating_happens_in_float32_and_returns_the_dtype_it_got():

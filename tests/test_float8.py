@@ -1,20 +1,17 @@
 """Weights as float8: how much memory is held, how far the velocity is off, and where it may be used."""
 
-import json
-
 import pytest
 import torch
 from conftest import GOLDENS
 from torch import Tensor, nn
 
-import float8
 import sample
 from float8 import shrink
 from transformer import TransformerConfig, VideoTransformer
 
 SMALL = TransformerConfig(
     num_attention_heads=8,
-    num_layers=6,
+    num_layers=4,
     text_embed_dim=64,
     time_embed_dim=256,
     max_text_seq_length=8,
@@ -63,11 +60,9 @@ def test_a_block_s_matrices_take_a_byte_a_number(dtype, most, tmp_path):
     shrink(dit, "cpu")
     assert held(dit) < most * before
     matrices = [m.weight for m in dit.transformer_blocks.modules() if isinstance(m, nn.Linear)]
-    assert len(matrices) == 6 * (2 + 4 + 2) and {m.dtype for m in matrices} == {torch.float8_e4m3fn}
-    others = [p for p in dit.parameters() if p.dtype == dtype]
-    assert {"proj_out.weight", "patch_embed.proj.weight", "transformer_blocks.0.attn1.norm_q.weight"} <= {
-        name for name, p in dit.named_parameters() if any(p is other for other in others)
-    }
+    assert len(matrices) == 4 * (2 + 4 + 2) and {m.dtype for m in matrices} == {torch.float8_e4m3fn}
+    for name in ("proj_out.weight", "patch_embed.proj.weight", "transformer_blocks.0.attn1.norm_q.weight"):
+        assert dit.get_parameter(name).dtype == dtype
 
 
 def test_the_velocity_is_off_by_what_three_bits_give():
@@ -97,29 +92,20 @@ def test_each_row_uses_the_whole_range_of_float8():
 
 
 def test_it_cannot_be_saved_and_loaded_as_if_it_were_whole(tmp_path):
-    dit = random_model(torch.bfloat16)
+    dit = VideoTransformer.from_pretrained(GOLDENS / "fun-2b-inp")
     shrink(dit, "cpu")
     dit.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="unexpected: .*scale"):
         VideoTransformer.from_pretrained(tmp_path)
 
 
-def test_a_device_without_float8_is_refused():
-    with pytest.raises(ValueError, match="mps does not have"):
-        shrink(random_model(torch.float32), "mps")
-
-
-@pytest.mark.parametrize("variant", ["fun-2b-inp", "cogvideox-5b-t2v"])
-def test_the_command_line_makes_a_video_like_the_plain_one(variant, tmp_path, capsys):
-    flags = "--num-steps 2 --num-frames 5 --height 32 --width 48 --seed 1 --device cpu".split()
+def test_the_command_line_makes_a_video_like_the_plain_one(tmp_path, capsys):
+    flags = "--num-steps 2 --num-frames 5 --seed 1 --device cpu --model".split()
     made = {}
     for name, more in (("plain", []), ("small", ["--low-memory"])):
         out = tmp_path / f"{name}.mp4"
-        assert (
-            sample.main(["a cat", "--model", str(GOLDENS / variant), *flags, *more, "--out", str(out)]) == 0
-        )
+        assert sample.main(["a cat", *flags, str(GOLDENS / "fun-2b-inp"), *more, "--out", str(out)]) == 0
         made[name], record = sample.load_latents(out.with_suffix(".safetensors"))
-        assert record["low_memory"] == json.loads(out.with_suffix(".json").read_text())["low_memory"]
         assert record["low_memory"] == (name == "small")
     assert "float32, matrices as float8" in capsys.readouterr().out
     assert 0 < error(made["small"], made["plain"]) < 0.2
@@ -132,18 +118,3 @@ def test_the_estimate_counts_a_byte_a_weight():
     small = sample.estimate_bytes(models, (1, 16, 2, 4, 6))
     count = models.num_parameters["transformer"]
     assert plain["denoise"] - small["denoise"] == 3 * count and plain["decode"] == small["decode"]
-
-
-def test_five_billion_weights_and_a_step_of_480x720x49_fit_into_seven_and_a_half_gib():
-    """By counting: weights as they would be kept, two casts of the largest matrix, the measured 14 maps of
-    tokens that `estimate_bytes` counts for activations."""
-    config = TransformerConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
-    with torch.device("meta"):
-        dit = VideoTransformer(config)
-    matrices = [m.weight for m in dit.transformer_blocks.modules() if isinstance(m, nn.Linear)]
-    kept = sum(m.numel() + 4 * len(m) for m in matrices)
-    kept += 2 * (sum(p.numel() for p in dit.parameters()) - sum(m.numel() for m in matrices))
-    token_map = 2 * (226 + 13 * 30 * 45) * config.dim
-    peak = kept + 2 * 2 * max(m.numel() for m in matrices) + 14 * token_map
-    assert 6.5 < peak / 2**30 < 7.5
-    assert float8.LARGEST == 448

@@ -15,54 +15,17 @@ from vae import VideoVAE, encode_chunks, run_chunks
 # ---------------------------------------------------------------- masks that training draws
 
 
-def masks(num: int, *shape: int) -> list[torch.Tensor]:
-    return [inpaint.random_mask(generator(0, 0, i, "mask"), *shape) for i in range(num)]
-
-
-def kind_of(mask: torch.Tensor) -> str:
-    """Which kind of mask this is, told from the mask alone."""
-    f = len(mask)
-    whole, empty = mask.flatten(1).all(1), ~mask.flatten(1).any(1)
-    equal = bool((mask == mask[:1]).all())
-    if whole.all():
-        return "everything"
-    if (whole | empty).all():
-        kept = empty.nonzero().flatten().tolist()
-        k = len(kept)
-        if kept == list(range(k)) and k <= 4:
-            return "after the start"
-        if k % 2 == 0 and k <= 8 and kept == [*range(k // 2), *range(f - k // 2, f)]:
-            return "between start and end"
-        return "frames"
-    some = mask[(~empty).nonzero()[0, 0]]
-    rows, columns = some.any(1), some.any(0)
-    is_box = bool((some == rows[:, None] & columns).all())
-    if equal:
-        return "box" if is_box else "disc"
-    inner = (~empty).nonzero().flatten()
-    if (mask[inner] == some).all() and is_box and inner[-1] - inner[0] + 1 == len(inner):
-        return "box for a while" if len(inner) > 1 else "boxes"
-    return "boxes" if mask.float().mean() < 0.25 else "pixels"
-
-
-def test_masks_of_clips_come_in_the_shares_of_the_reference():
-    num = 4000
-    kinds = Counter(kind_of(mask) for mask in masks(num, 17, 32, 48))
-    shares = {
-        "everything": 0.2,
-        "after the start": 0.2,
-        "between start and end": 0.2,
-        "disc": 0.15,  # ellipse .1, circle .05
-        "box": 0.05,
-        "box for a while": 0.05,
-        "boxes": 0.05,
-        "pixels": 0.05,
-        "frames": 0.05,
-    }
-    assert kinds.keys() <= shares.keys()
-    for kind, share in shares.items():
-        # five standard deviations, and six for the rare draws that look like another kind
-        assert abs(kinds[kind] - num * share) < 5 * (num * share * (1 - share)) ** 0.5 + 6, (kind, kinds)
+def test_masks_come_in_their_shares(monkeypatch):
+    kinds = Counter()
+    whole = torch.ones(1, 1, 1, dtype=torch.bool)
+    monkeypatch.setattr(inpaint, "_mask_of_kind", lambda kind, *_: kinds.update([kind]) or whole)
+    for num_frames, shares in ((17, inpaint.MASK_KINDS), (1, {"box": 0.2, "everything": 0.8})):
+        kinds.clear()
+        for i in range(2000):
+            inpaint.random_mask(generator(0, 0, i, "mask"), num_frames, 8, 8)
+        assert kinds.keys() == shares.keys()
+        for kind, share in shares.items():  # to five standard deviations
+            assert abs(kinds[kind] - 2000 * share) < 5 * (2000 * share * (1 - share)) ** 0.5, kind
 
 
 def of_kind(kind: str, num: int, f: int, h: int, w: int) -> torch.Tensor:
@@ -152,15 +115,6 @@ def test_noise_on_the_reference_is_log_normal_and_spares_what_is_masked():
 # ---------------------------------------------------------------- the 17 channels
 
 
-def test_a_known_start_frame_reads_one_and_a_lone_end_frame_zero():
-    known = torch.zeros(1, 1, 9, 16, 16)
-    known[:, :, 0] = 1
-    known[:, :, -1] = 1
-    resized = resize_mask(known, (3, 2, 2))
-    assert resized[0, 0, :, 0, 0].tolist() == [1, 0, 0]
-    assert resize_mask(torch.ones(1, 1, 1, 16, 16), (1, 2, 2)).shape == (1, 1, 1, 2, 2)
-
-
 def test_start_and_end_masks_resize_as_in_the_reference():
     want = expected("fun-2b-inp")
     known = (want["pre.start_end.mask_t"] == 0).float()[None, None, :, None, None].expand(1, 1, 9, 64, 32)
@@ -178,35 +132,36 @@ def moments_as_recorded(vae, pixels):
     return moments.chunk(2, dim=1)
 
 
+def training_case(variant):
+    """Of the reference's train.py: its tensors, our VAE, clips, the same as shown (with noise), and masks."""
+    want, vae = expected(variant), VideoVAE.from_pretrained(GOLDENS / variant)
+    pixels = pixels_of(want["train.pixels_u8"]).transpose(1, 2)
+    shown = pixels
+    if "train.ref_noise" in want:  # the caller's part: noise on the reference, not on black
+        noise = 0.0563 * want["train.ref_noise"].transpose(1, 2)
+        shown = torch.where(pixels == -1, pixels, pixels + noise)
+    return want, vae, pixels, shown, want["train.mask_u8"].float().transpose(1, 2)
+
+
 @pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-5b-inp", "fun-1.5-5b-inp"])
 def test_training_conditions_equal_the_reference(variant, monkeypatch):
     """pixels, masks, the 90 % rule and every posterior draw as recorded from the reference's train.py."""
-    want, vae = expected(variant), VideoVAE.from_pretrained(GOLDENS / variant)
-    pixels = pixels_of(want["train.pixels_u8"]).transpose(1, 2)
-    mask = want["train.mask_u8"].float().transpose(1, 2)
+    want, vae, pixels, shown, mask = training_case(variant)
     monkeypatch.setattr(vae, "moments", lambda pixels, tiled=False: moments_as_recorded(vae, pixels))
     draws = iter([want["train.eps_latents"], want["train.eps_masked"]])
     monkeypatch.setattr(torch, "randn", lambda *shape, **_: next(draws))
     latents = vae.encode(pixels, generator=torch.Generator())
     assert_close(latents.transpose(1, 2), want["train.latents"], 1e-5)
-    if "train.ref_noise" in want:  # the caller's part: noise on the reference, not on black
-        noise = 0.0563 * want["train.ref_noise"].transpose(1, 2)
-        pixels = torch.where(pixels == -1, pixels, pixels + noise)
-    condition = inpaint_condition(vae, pixels, mask, torch.Generator(), want["train.t2v_flag"] == 0)
+    condition = inpaint_condition(vae, shown, mask, torch.Generator(), want["train.t2v_flag"] == 0)
     assert_close(condition.transpose(1, 2), want["train.inpaint_latents"], 1e-5)
 
 
 @pytest.mark.parametrize("variant", ["fun-2b-inp", "fun-5b-inp", "fun-1.5-5b-inp"])
 def test_training_conditions_miss_the_recorded_ones_by_their_own_error_alone(variant, monkeypatch):
     """3e-4: as `moments` gives them, on any memory layout; the recorded ones are 2e-4 from float64."""
-    want, vae = expected(variant), VideoVAE.from_pretrained(GOLDENS / variant)
-    pixels = pixels_of(want["train.pixels_u8"]).transpose(1, 2)
-    if "train.ref_noise" in want:
-        noise = 0.0563 * want["train.ref_noise"].transpose(1, 2)
-        pixels = torch.where(pixels == -1, pixels, pixels + noise)
+    want, vae, _, shown, mask = training_case(variant)
     monkeypatch.setattr(torch, "randn", lambda *shape, **_: want["train.eps_masked"])
-    mask = want["train.mask_u8"].float().transpose(1, 2)
-    condition = inpaint_condition(vae, pixels, mask, torch.Generator(), want["train.t2v_flag"] == 0)
+    condition = inpaint_condition(vae, shown, mask, torch.Generator(), want["train.t2v_flag"] == 0)
     assert_close(condition.transpose(1, 2), want["train.inpaint_latents"], 3e-4)
 
 
@@ -246,20 +201,3 @@ def test_what_is_kept_of_the_encoder_gives_the_same_condition_without_it():
     mode = join_condition(**shown, noise=None, config=vae.config)
     assert torch.equal(mode, inpaint_condition(vae, pixels, mask))
     assert not torch.equal(mode, drawn) and torch.equal(mode[:, :1], drawn[:, :1])  # the mask has no noise
-
-
-def test_what_is_zero_is_not_encoded_and_changes_nothing_for_the_others(monkeypatch):
-    vae, pixels = tiny(), torch.rand(4, 3, 5, 16, 16) * 2 - 1
-    mask = torch.zeros(4, 1, 5, 16, 16)
-    alone = inpaint_condition(vae, pixels[2:], mask[2:])
-    mask[:2] = 1
-    encoded, moments = [], vae.moments
-    monkeypatch.setattr(
-        vae, "moments", lambda pixels, tiled=False: encoded.append(len(pixels)) or moments(pixels)
-    )
-    hidden = torch.tensor([True, True, True, False])  # the third has pixels that are known, so it is shown
-    mixed = inpaint_condition(vae, pixels, mask, zero_if_all_masked=hidden)
-    assert encoded == [2] and not mixed[:2].any()
-    assert_close(mixed[2:], alone, 1e-5)  # fp32 sums in the order of another batch
-    mask[:] = 1
-    assert not inpaint_condition(vae, pixels, mask).any() and encoded == [2]

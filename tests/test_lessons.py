@@ -50,8 +50,3 @@ def test_a_lesson_runs_and_shows_what_it_keeps(path):
         assert texts(before) == texts(now), where
         for a, b in zip(old, new):  # grey levels; few colours are chosen anew where rounding differs
             assert np.abs(a - b).mean() < 4, where
-
-
-def test_a_constant_that_no_cell_has_is_refused():
-    with pytest.raises(ValueError, match="has no line NUM_STEP"):
-        lessons.run(NOTEBOOKS[0], {"NUM_STEP": 1})

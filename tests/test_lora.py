@@ -48,39 +48,15 @@ def copy(dit: VideoTransformer) -> VideoTransformer:
 # ---------------------------------------------------------------- training
 
 
-def test_lora_changes_nothing_until_it_is_trained(dit):
-    before = velocity(dit)
+def test_lora_changes_nothing_until_it_is_trained_and_stands_beside_the_weights(dit):
+    before, names = velocity(dit), dit.state_dict().keys()
     parameters = add_lora(dit, rank=4)
     assert torch.equal(velocity(dit), before)
-    assert len(parameters) == 2 * len(TARGETS) * 2 and all(p.requires_grad for p in parameters)
-    assert {id(p) for p in dit.parameters() if p.requires_grad} == {id(p) for p in parameters}
-    assert all(p.std() > 0.05 for p in parameters[::2]) and not any(p.any() for p in parameters[1::2])
-
-
-def test_the_base_weights_keep_their_names(dit):
-    names = dit.state_dict().keys()
-    add_lora(dit, rank=2)
     beside = dit.state_dict().keys() - names
     assert names <= dit.state_dict().keys() and all(".lora_" in name for name in beside)
-    assert len(beside) == 2 * len(TARGETS) * 2
-    assert {BLOCK + "ff.net.0.proj.lora_A.weight", BLOCK + "attn1.to_out.0.lora_B.weight"} <= beside
-
-
-def test_training_moves_only_lora_and_lowers_the_loss(dit):
-    frozen = {name: p.clone() for name, p in dit.named_parameters()}
-    inputs, losses = random_inputs(dit), []
-    with torch.no_grad():
-        target = trained(copy(dit))(*inputs)
-    optimizer = torch.optim.AdamW(add_lora(dit, rank=4), lr=2e-2)
-    dit.activation_checkpointing = "full"
-    for _ in range(8):
-        loss = (dit(*inputs) - target).square().mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < 0.9 * losses[0]
-    assert all(torch.equal(dit.get_parameter(name), p) for name, p in frozen.items())
+    assert len(beside) == len(parameters) == 2 * len(TARGETS) * 2
+    assert {id(p) for p in dit.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    assert all(p.std() > 0.05 for p in parameters[::2]) and not any(p.any() for p in parameters[1::2])
 
 
 def test_merged_is_the_same_model_without_lora(dit, tmp_path):
@@ -93,14 +69,6 @@ def test_merged_is_the_same_model_without_lora(dit, tmp_path):
     assert_close(velocity(dit), with_lora, TOLERANCE)
     dit.save_pretrained(tmp_path)
     assert torch.equal(velocity(VideoTransformer.from_pretrained(tmp_path)), velocity(dit))
-
-
-def test_alpha_over_rank_scales_what_lora_adds(dit):
-    weight = dit.get_parameter(BLOCK + "attn1.to_k.weight").clone()
-    layer = trained(dit, rank=3, alpha=1.5).get_submodule(BLOCK + "attn1.to_k")
-    delta = 0.5 * layer.lora_B.weight @ layer.lora_A.weight
-    merge_lora(dit)
-    assert_close(dit.get_parameter(BLOCK + "attn1.to_k.weight"), weight + delta, 1e-6)
 
 
 # ---------------------------------------------------------------- files
@@ -118,15 +86,13 @@ def test_a_saved_lora_gives_the_same_velocity_when_loaded(dit, tmp_path):
     assert_close(velocity(fresh), velocity(copy(dit)), TOLERANCE)
 
 
-def test_loading_leaves_the_files_of_the_weights_alone(tmp_path):
-    dit = VideoTransformer.from_pretrained(GOLDENS / "fun-2b-inp")
-    save_lora(trained(dit), tmp_path / "lora.safetensors")
-    dit = VideoTransformer.from_pretrained(GOLDENS / "fun-2b-inp", torch.bfloat16)
-    weight = dit.get_parameter("transformer_blocks.0.ff.net.2.weight").clone()
+def test_merging_into_bfloat16_weights_rounds_once(dit, tmp_path):
+    save_lora(trained(copy(dit)), tmp_path / "lora.safetensors")
+    layer = dit.bfloat16().get_submodule(BLOCK + "ff.net.2")
+    down, up, scale = read_lora(dit, tmp_path / "lora.safetensors")[BLOCK + "ff.net.2"]
+    merged = (layer.weight.float() + 2.0 * scale * (up @ down)).bfloat16()
     load_lora(dit, tmp_path / "lora.safetensors", 2.0)
-    down, up, scale = read_lora(dit, tmp_path / "lora.safetensors")["transformer_blocks.0.ff.net.2"]
-    merged = (weight.float() + 2.0 * (up @ down)).bfloat16()  # one rounding
-    assert scale == 1 and torch.equal(dit.get_parameter("transformer_blocks.0.ff.net.2.weight"), merged)
+    assert torch.equal(layer.weight, merged)
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet__", "lora_unet_"])
@@ -209,23 +175,20 @@ def test_a_convolution_has_lora_as_well(dit, tmp_path):
     assert_close(conv.weight, expected, 1e-5)
 
 
-def test_a_file_that_does_not_fit_is_refused_in_one_sentence(dit, tmp_path):
-    state = {key: p.clone() for key, p in dit.state_dict().items()}
+def test_a_file_that_does_not_fit_is_not_used_in_part(dit, tmp_path):
+    before = velocity(dit)
     key, path = f"transformer.{BLOCK}attn1.to_q", tmp_path / "lora.safetensors"
     good = {f"{key}.lora_A.weight": torch.ones(2, 32), f"{key}.lora_B.weight": torch.ones(32, 2)}
     cases = [
-        ({}, "it is empty"),
         (good | {f"{key}.lora_magnitude_vector": torch.ones(32)}, "unknown: .*magnitude_vector"),
-        (good | {"lora_unet__nowhere.lora_up.weight": torch.ones(2, 2)}, "unknown: lora_unet__nowhere"),
         ({f"{key}.lora_A.weight": torch.ones(2, 32)}, "mis-shaped or incomplete: transformer_blocks.1.attn1"),
         (good | {f"{key}.lora_B.weight": torch.ones(32, 3)}, r"B \[32, 3\] for a weight of \[32, 32\]"),
     ]
     for tensors, message in cases:
         save_file(tensors, path)
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(ValueError, match=message):
             load_lora(dit, path)
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert all(torch.equal(dit.state_dict()[key], p) for key, p in state.items())  # untouched
+    assert torch.equal(velocity(dit), before)
 
 
 # ---------------------------------------------------------------- diffusers
@@ -322,16 +285,3 @@ def test_the_lora_of_a_run_is_found_in_its_folder_and_named_where_it_lies_unused
     argv = ["x", "--model", run, "--out", tmp_path / "x.png", "--num-frames", 1, "--num-steps", 1]
     assert sample.main(list(map(str, argv))) == 0
     assert "lora.safetensors of this folder is not used" in capsys.readouterr().out
-
-
-def test_a_lora_that_cannot_be_used_stops_the_run_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample.Models, "_load", None)
-    save_lora(trained(random_model(TINY)), tmp_path / "other.safetensors")
-    for given, message in (
-        (tmp_path / "other.safetensors:0.5", "no LoRA for this transformer (mis-shaped"),
-        (tmp_path / "other.safetensors:nan", "other.safetensors:nan is missing"),
-    ):
-        argv = ["x", "--model", MODEL, "--lora", given, "--out", tmp_path / "x.png", "--num-frames", 1]
-        assert sample.main(list(map(str, argv))) == 2
-        errors = capsys.readouterr().err
-        assert message in errors and errors.count("\n") == 1

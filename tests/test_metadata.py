@@ -47,26 +47,17 @@ def test_every_mistake_in_a_metadata_file_is_named_in_a_line_of_its_own(tmp_path
     make_files(tmp_path)
     good = items()[0]
     mistakes = {
-        "item 2: file_path is missing": {"text": "", "type": "video"},
-        "item 3: text = 7 should be a string": {**good, "text": 7},
-        'item 4: type = "film" should be "video" or "image"': {**good, "type": "film"},
-        f"item 5: file_path: {tmp_path / 'x.mp4'} does not exist": {**good, "file_path": "x.mp4"},
-        f"item 6: file_path: {tmp_path / 'c.png'} is no video": {**good, "file_path": "c.png"},
-        "item 7: control_file_path: ": {**good, "control_file_path": "y.mp4"},
+        "file_path is missing": {"text": "", "type": "video"},
+        f"file_path: {tmp_path / 'x.mp4'} does not exist": {**good, "file_path": "x.mp4"},
+        f"file_path: {tmp_path / 'c.png'} is no video": {**good, "file_path": "c.png"},
+        "control_file_path: ": {**good, "control_file_path": "y.mp4"},
     }
-    (tmp_path / "meta.json").write_text(json.dumps([good, *mistakes.values()]))
-    with pytest.raises(ValueError) as caught:
-        data.read_metadata(tmp_path / "meta.json")
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 1 + len(mistakes) and "meta.json" in lines[0] and "6" in lines[0]
-    for line, start in zip(lines[1:], mistakes):
-        assert line.strip().startswith(start), line
-    two = {"type": "film", "text": None}  # three mistakes in one line of JSONL
-    (tmp_path / "meta.jsonl").write_text(json.dumps(good) + '\n{"file_path": \n' + json.dumps(two))
+    (tmp_path / "meta.jsonl").write_text("\n".join(map(json.dumps, [good, *mistakes.values()])))
     with pytest.raises(ValueError) as caught:
         data.read_metadata(tmp_path / "meta.jsonl")
-    places = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]]
-    assert places == ["line 2"] + ["line 3"] * 3
+    lines = str(caught.value).splitlines()[1:]
+    for number, (line, start) in enumerate(zip(lines, mistakes, strict=True), 2):
+        assert line.strip().startswith(f"line {number}: {start}"), line
 
 
 def test_the_lists_of_the_reference_load_as_they_are(tmp_path, capsys):
@@ -83,7 +74,7 @@ def test_the_lists_of_the_reference_load_as_they_are(tmp_path, capsys):
     assert "item 4: says the same as item 1; it is taken once" in capsys.readouterr().out
     assert data.read_metadata(tmp_path / "meta.csv") == entries
     assert "line 5: says the same as line 2" in capsys.readouterr().out
-    (tmp_path / "meta.csv").write_text("file_path,text,type\na.mp4,a, b,video\nb.mp4,x,video\n")
+    (tmp_path / "meta.csv").write_text("file_path,text,type\na.mp4,a, b,video\n")  # no quotes
     with pytest.raises(ValueError, match="line 2: has more fields than the header"):
         data.read_metadata(tmp_path / "meta.csv")
 
@@ -119,7 +110,6 @@ def test_a_folder_accounts_for_every_file_in_it(tmp_path, capsys):
         data.read_metadata(tmp_path)
     assert "k.txt: is the caption of k.heic, which is not read; convert it" in str(caught.value)
     assert "l.txt: is the caption of no picture or clip" in str(caught.value)
-    assert "mistakes: 2" in str(caught.value)
 
 
 def test_the_digest_of_the_samples_tells_other_samples_and_not_other_places(tmp_path, monkeypatch):

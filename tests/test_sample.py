@@ -8,22 +8,20 @@ frames to half a grey level, which is the rounding to uint8. On a GPU:
 
 import json
 import os
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS, assert_close, expected
-from PIL import Image
 
 import long_video
 import sample
+import vae
 from kinds import choose_size, native_size
-from media import read_video, write_video
-from request import Request, complete, read_inputs
+from media import read_video
 from sample import generate, load_models
-from vae import VideoVAE
 
-ASSETS = GOLDENS / "fun-2b-inp/assets"
 LATENTS = 5e-4
 FRAMES = 0.5 / 255 + 1e-4
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")
@@ -44,16 +42,82 @@ def recorded_draws(draws):
     return randn
 
 
-def check_run(variant, run, keys=None, **settings):
-    """Run a golden pipeline; compare latents, decoded frames where recorded, and that every draw was used."""
+def recorded_input(variant, name):
+    """A recorded tensor as the array a user has, f h w c or h w c; or a file of the variant's assets."""
+    if isinstance(name, list):
+        return [recorded_input(variant, each) for each in name]
+    tensor = expected(variant).get(name)
+    if tensor is None:
+        return GOLDENS / variant / "assets" / name
+    return (tensor if tensor.dim() < 5 else tensor[0].movedim(0, -1)).numpy()
+
+
+START = {"image": "start.png"}
+BOTH = START | {"end_image": "end.png"}
+COG = {"sampler": "ddim-cog"}
+DYNAMIC = {"dynamic_guidance": True}
+CLIP = {"video": "pre.v2v.frames_u8"}  # longer than the run: it is cut
+PART = {"video": "pipe.v2v.frames_u8", "strength": 0.7, "num_steps": 6}
+PICTURE = {"image": "pipe.image_u8"}
+RUNS = [
+    ("fun-2b-inp", "t2v", {}),
+    ("fun-2b-inp", "t2v_ddimcog", COG),
+    ("fun-2b-inp", "image", {}),
+    ("fun-2b-inp", "i2v", START),
+    ("fun-2b-inp", "start_end", BOTH),
+    ("fun-2b-inp", "list3", {"image": ["list0.png", "list1.png", "list2.png"]}),
+    ("fun-2b-inp", "i2v_euler", START | {"sampler": "euler"}),
+    ("fun-2b-inp", "i2v_dpmpp", START | {"sampler": "dpm++"}),
+    ("fun-2b-inp", "v2v", CLIP | {"strength": 0.7, "num_steps": 6}),
+    ("fun-2b-inp", "inpaint", CLIP | {"mask": "mask.png"}),
+    ("fun-2b-inp", "outpaint", CLIP | DYNAMIC | {"mask": "pre.outpaint.mask_u8"}),
+    ("fun-5b-inp", "t2v", {}),
+    ("fun-5b-inp", "image", {}),
+    ("fun-5b-inp", "i2v", START),
+    ("fun-5b-inp", "i2v_noiseaug", START | {"noise_aug_strength": 0.0563}),
+    ("fun-5b-inp", "i2v_euler_a", START | {"sampler": "euler-a"}),
+    # The reference draws twice in the middle steps and drops the first of the two.
+    ("fun-5b-inp", "i2v_dpm_cog", START | {"sampler": "dpm-cog", "keys": [1, 3, 5, 6]}),
+    ("fun-1.5-5b-inp", "t2v", {}),
+    ("fun-1.5-5b-inp", "image", {}),
+    ("fun-1.5-5b-inp", "i2v", START),
+    ("fun-1.5-5b-inp", "start_end", BOTH),
+    ("fun-1.5-5b-inp", "clip", START | {"num_frames": 9}),  # three latent frames: cut to two
+    ("fun-2b-control", "ctl_native", {"control_video": "pipe.control_u8"}),
+    ("fun-2b-control", "ctl_nn", {"control_video": "pipe.control_nn_u8"} | DYNAMIC),
+    ("fun-2b-control", "ctl_nn_ddimcog", {"control_video": "pipe.control_nn_u8"} | COG),
+    ("cogvideox-2b-t2v", "t2v", {}),
+    ("cogvideox-2b-t2v", "t2v_nn", DYNAMIC),
+    ("cogvideox-2b-t2v", "image", {}),
+    ("cogvideox-5b-t2v", "t2v", COG),
+    ("cogvideox-5b-t2v", "t2v_nn", COG | DYNAMIC),
+    ("cogvideox-5b-t2v", "t2v_dpm", DYNAMIC | {"keys": [0, 2, 4, 5]}),
+    ("cogvideox-5b-t2v", "t2v_dpm7", {"num_steps": 7, "keys": [0, 2, 4, 6, 8, 10, 12]}),
+    ("cogvideox-5b-t2v", "v2v", COG | PART),
+    ("cogvideox-5b-i2v", "i2v_ddim", COG | PICTURE),
+    ("cogvideox-5b-i2v", "i2v_dpm", PICTURE | DYNAMIC | {"keys": [0, 1, 3, 5, 6]}),
+    ("cogvideox-5b-i2v", "i2v_short", COG | PICTURE),
+    # An odd number of latent frames is denoised with one more in front, which is dropped.
+    ("cogvideox-1.5-5b-t2v", "t2v_ddim", COG),
+    ("cogvideox-1.5-5b-t2v", "t2v_dpm", DYNAMIC | {"keys": [0, 2, 4, 5]}),
+    ("cogvideox-1.5-5b-t2v", "t2v_short", COG),
+    ("cogvideox-1.5-5b-t2v", "v2v", COG | PART),
+    ("cogvideox-1.5-5b-i2v", "i2v_ddim", COG | {"image": "pipe.i2v_ddim.image_u8"}),
+    (
+        "cogvideox-1.5-5b-i2v",
+        "i2v_dpm",
+        {"image": "pipe.i2v_dpm.image_u8", "keys": [0, 1, 3, 5, 6]} | DYNAMIC,
+    ),
+    ("cogvideox-1.5-5b-i2v", "i2v_short", COG | {"image": "pipe.i2v_short.image_u8"}),
+]
+
+
+@pytest.mark.parametrize("variant, run, settings", RUNS)
+def test_latents_and_frames_equal_the_reference(variant, run, settings):
+    """Of Fun's pipelines and of diffusers'; every recorded draw is used."""
     want = expected(variant)
     prompts = json.loads((GOLDENS / variant / "prompts.json").read_text())
     final = want[f"pipe.{run}.latents_final"].transpose(1, 2)
-    if keys is None:
-        keys = [i for i in range(20) if f"pipe.{run}.rand{i}" in want]
-    randn = recorded_draws([want[f"pipe.{run}.rand{i}"] for i in keys])
-    if f"pipe.{run}.latents_init" in want:
-        settings["latents"] = want[f"pipe.{run}.latents_init"].transpose(1, 2)
     settings = {
         "negative_prompt": prompts["negative_prompt"],
         "num_frames": 4 * final.shape[2] - 3,
@@ -62,124 +126,23 @@ def check_run(variant, run, keys=None, **settings):
         "num_steps": 4,
         "noise_aug_strength": 0.0,
     } | settings
-    for name in settings.keys() & {"image", "end_image"}:
-        if isinstance(settings[name], str):
-            settings[name] = GOLDENS / variant / "assets" / settings[name]
+    keys = settings.pop("keys", [i for i in range(20) if f"pipe.{run}.rand{i}" in want])
+    randn = recorded_draws([want[f"pipe.{run}.rand{i}"] for i in keys])
+    if f"pipe.{run}.latents_init" in want:
+        settings["latents"] = want[f"pipe.{run}.latents_init"].transpose(1, 2)
+    for name in settings.keys() & {"image", "end_image", "video", "mask", "control_video"}:
+        settings[name] = recorded_input(variant, settings[name])
     models = load_models(GOLDENS / variant, device=DEVICE)
-    prompt = prompts["prompts"][0]
-    latents = generate(models, prompt, output="latents", randn=randn, **settings)
+    latents = generate(models, prompts["prompts"][0], output="latents", randn=randn, **settings)
     assert_close(latents.cpu(), final, LATENTS)
     assert not randn.left and not models.loaded
     if f"pipe.{run}.video" in want:
-        randn = recorded_draws([want[f"pipe.{run}.rand{i}"] for i in keys])
-        frames = generate(models, prompt, randn=randn, **settings)
+        frames = np.concatenate(list(sample.decode(models, latents)))
         assert frames.dtype == np.uint8
         assert_close(torch.from_numpy(frames) / 255, want[f"pipe.{run}.video"][0].permute(1, 2, 3, 0), FRAMES)
 
 
-START, END = {"image": "start.png"}, {"end_image": "end.png"}  # in the variant's assets
-LIST = {"image": [ASSETS / f"list{i}.png" for i in range(3)]}
-
-
-@pytest.mark.parametrize(
-    "run, settings",
-    [
-        ("t2v", {}),
-        ("t2v_ddimcog", {"sampler": "ddim-cog"}),
-        ("image", {}),
-        ("i2v", START),
-        ("start_end", START | END),
-        ("list3", LIST),
-        ("i2v_euler", START | {"sampler": "euler"}),
-        ("i2v_dpmpp", START | {"sampler": "dpm++"}),
-        ("v2v", {"strength": 0.7, "num_steps": 6}),
-        ("inpaint", {"mask": str(ASSETS / "mask.png")}),
-        ("outpaint", {"dynamic_guidance": True}),
-    ],
-)
-def test_fun_2b_inpaint_runs_equal_the_reference(run, settings):
-    want = expected("fun-2b-inp")
-    if run in ("v2v", "inpaint", "outpaint"):
-        settings = settings | {"video": want["pre.v2v.frames_u8"].numpy()}  # longer than the run: it is cut
-    if run == "outpaint":
-        settings["mask"] = want["pre.outpaint.mask_u8"][0, 0].numpy()
-    check_run("fun-2b-inp", run, **settings)
-
-
-@pytest.mark.parametrize(
-    "variant, run, settings",
-    [
-        ("fun-5b-inp", "t2v", {}),
-        ("fun-5b-inp", "image", {}),
-        ("fun-5b-inp", "i2v", START),
-        ("fun-5b-inp", "i2v_noiseaug", START | {"noise_aug_strength": 0.0563}),
-        ("fun-5b-inp", "i2v_euler_a", START | {"sampler": "euler-a"}),
-        # The reference draws twice in the middle steps and drops the first of the two.
-        ("fun-5b-inp", "i2v_dpm_cog", START | {"sampler": "dpm-cog", "keys": [1, 3, 5, 6]}),
-        ("fun-1.5-5b-inp", "t2v", {}),
-        ("fun-1.5-5b-inp", "image", {}),
-        ("fun-1.5-5b-inp", "i2v", START),
-        ("fun-1.5-5b-inp", "start_end", START | END),
-        ("fun-1.5-5b-inp", "clip", START | {"num_frames": 9}),  # three latent frames: cut to two
-        ("cogvideox-2b-t2v", "t2v", {}),
-        ("cogvideox-2b-t2v", "t2v_nn", {"dynamic_guidance": True}),
-        ("cogvideox-2b-t2v", "image", {}),
-        ("cogvideox-5b-t2v", "t2v", {"sampler": "ddim-cog"}),
-        ("cogvideox-5b-t2v", "t2v_nn", {"sampler": "ddim-cog", "dynamic_guidance": True}),
-        ("cogvideox-5b-t2v", "t2v_dpm", {"dynamic_guidance": True, "keys": [0, 2, 4, 5]}),
-        ("cogvideox-5b-t2v", "t2v_dpm7", {"num_steps": 7, "keys": [0, 2, 4, 6, 8, 10, 12]}),
-    ],
-)  # fmt: skip
-def test_other_variants_equal_the_reference(variant, run, settings):
-    check_run(variant, run, **settings)
-
-
-def test_plain_video_to_video_equals_diffusers():
-    clip = expected("cogvideox-5b-t2v")["pipe.v2v.frames_u8"].numpy()
-    check_run("cogvideox-5b-t2v", "v2v", video=clip, strength=0.7, num_steps=6, sampler="ddim-cog")
-
-
-@pytest.mark.parametrize("run", ["ctl_native", "ctl_nn", "ctl_nn_ddimcog"])
-def test_control_equals_the_reference(run):
-    name = "pipe.control_u8" if run == "ctl_native" else "pipe.control_nn_u8"
-    clip = expected("fun-2b-control")[name][0].permute(1, 2, 3, 0).numpy()
-    sampler = "ddim-cog" if run.endswith("cog") else None
-    check_run("fun-2b-control", run, control_video=clip, sampler=sampler, dynamic_guidance=run == "ctl_nn")
-
-
-@pytest.mark.parametrize(
-    "run, settings",
-    [
-        ("i2v_ddim", {"sampler": "ddim-cog"}),
-        ("i2v_dpm", {"dynamic_guidance": True, "keys": [0, 1, 3, 5, 6]}),
-        ("i2v_short", {"sampler": "ddim-cog"}),
-    ],
-)
-def test_image_to_video_equals_diffusers(run, settings):
-    image = expected("cogvideox-5b-i2v")["pipe.image_u8"].numpy()
-    check_run("cogvideox-5b-i2v", run, image=image, **settings)
-
-
-@pytest.mark.parametrize(
-    "variant, run, settings",
-    [
-        ("cogvideox-1.5-5b-t2v", "t2v_ddim", {"sampler": "ddim-cog"}),
-        ("cogvideox-1.5-5b-t2v", "t2v_dpm", {"dynamic_guidance": True, "keys": [0, 2, 4, 5]}),
-        ("cogvideox-1.5-5b-t2v", "t2v_short", {"sampler": "ddim-cog"}),
-        ("cogvideox-1.5-5b-t2v", "v2v", {"sampler": "ddim-cog", "strength": 0.7, "num_steps": 6}),
-        ("cogvideox-1.5-5b-i2v", "i2v_ddim", {"sampler": "ddim-cog"}),
-        ("cogvideox-1.5-5b-i2v", "i2v_dpm", {"dynamic_guidance": True, "keys": [0, 1, 3, 5, 6]}),
-        ("cogvideox-1.5-5b-i2v", "i2v_short", {"sampler": "ddim-cog"}),
-    ],
-)  # fmt: skip
-def test_cogvideox15_equals_diffusers(variant, run, settings):
-    """An odd number of latent frames is denoised with one more in front, which is dropped."""
-    want = expected(variant)
-    if run == "v2v":
-        settings["video"] = want["pipe.v2v.frames_u8"].numpy()
-    if f"pipe.{run}.image_u8" in want:
-        settings["image"] = want[f"pipe.{run}.image_u8"].numpy()
-    check_run(variant, run, **settings)
+# ---------------------------------------------------------------- what the goldens do not pin
 
 
 def shapes_drawn(variant, **settings):
@@ -190,9 +153,8 @@ def shapes_drawn(variant, **settings):
         shapes.append(shape)
         return torch.zeros(shape)
 
-    models = load_models(GOLDENS / variant)
     settings = {"num_steps": 1, "height": 32, "width": 48, "randn": randn, "output": "latents"} | settings
-    latents = generate(models, "x", **settings)
+    latents = generate(load_models(GOLDENS / variant), "x", **settings)
     return shapes, tuple(latents.shape)
 
 
@@ -221,30 +183,20 @@ def test_an_image_model_is_shown_an_end_picture_in_its_last_latent_frame(monkeyp
         assert torch.equal(both[:, :, -1], last[:, :, 0]) and not last[:, :, 1:].any()
 
 
-def test_tiles_reach_the_vae_both_ways(monkeypatch):
-    tiled = []
-    for name in ("moments", "decode_stream"):
-        plain = getattr(VideoVAE, name)
-
-        def watched(self, x, *args, plain=plain, **settings):
-            tiled.append(settings.get("tiled", args[0] if args else False))
-            return plain(self, x, *args, **settings)
-
-        monkeypatch.setattr(VideoVAE, name, watched)
-    clip = np.zeros((5, 32, 48, 3), np.uint8)
-    mask = np.full((32, 48), 255, np.uint8)
-    mask[:8] = 0
-    run_2b(video=clip, mask=mask, strength=0.5, tiled=True, output="frames")
-    assert tiled == [True, True, True]
-
-
-# ---------------------------------------------------------------- what the goldens do not pin
-
-
 def run_2b(**settings):
     models = load_models(GOLDENS / "fun-2b-inp")
     settings = {"num_steps": 2, "num_frames": 5, "seed": 1, "output": "latents"} | settings
     return generate(models, "a cat", **settings)
+
+
+def test_tiles_reach_the_vae_each_time(monkeypatch):
+    run_tiles = Mock(wraps=vae.run_tiles)
+    monkeypatch.setattr(vae, "run_tiles", run_tiles)
+    mask = np.full((32, 48), 255, np.uint8)
+    mask[:8] = 0
+    clip = np.zeros((5, 32, 48, 3), np.uint8)
+    run_2b(video=clip, mask=mask, strength=0.5, tiled=True, output="frames")
+    assert run_tiles.call_count == 3  # condition, start, and decoding
 
 
 def test_no_guidance_is_the_text_alone_and_outside_the_interval_too():
@@ -254,33 +206,11 @@ def test_no_guidance_is_the_text_alone_and_outside_the_interval_too():
     assert not torch.allclose(run_2b(), alone, atol=1e-3)
 
 
-def test_the_guidance_scale_is_the_models_own_unless_one_is_given(monkeypatch):
-    assert torch.equal(run_2b(), run_2b(guidance_scale=6.0))
-    monkeypatch.setattr("diffusion.Schedule.default_guidance_scale", 3.0)
-    assert torch.equal(run_2b(), run_2b(guidance_scale=3.0))
-    assert not torch.allclose(run_2b(), run_2b(guidance_scale=6.0), atol=1e-3)
-
-
 def test_one_forward_for_both_prompts_equals_two(monkeypatch):
     """Small grids take one batch of two, large ones two of one; both are the same function."""
     small = run_2b(num_frames=13)
     monkeypatch.setattr("sample.SMALL_TOKENS", 0)
     assert_close(run_2b(num_frames=13), small, 1e-5)
-
-
-def test_clips_and_masks_from_files_give_what_arrays_give(tmp_path):
-    clip = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8)
-    write_video(clip, tmp_path / "clip.mp4", 8)
-    mask = np.zeros((32, 48), np.uint8)
-    mask[8:24, 8:40] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    models = load_models(GOLDENS / "fun-2b-inp")
-    request = complete(Request("x", video=tmp_path / "clip.mp4", mask=tmp_path / "mask.png"), models)
-    known = read_inputs(request, models.config)
-    assert known.frames.shape == (9, 32, 48, 3) and known.num_frames == 9
-    # noise survives H.264 badly, but it is that clip
-    assert np.abs(known.frames.astype(int) - clip).mean() < 60
-    assert torch.equal(known.mask, torch.from_numpy(mask > 0).expand(9, -1, -1))
 
 
 def test_sizes_follow_the_input_at_the_native_area():
@@ -296,23 +226,12 @@ def test_sizes_follow_the_input_at_the_native_area():
     assert choose_size(learned, None, None, (1000, 500)) == (32, 48)
 
 
-def test_networks_given_in_memory_are_used_and_kept():
+def test_networks_are_kept_when_asked_for():
     models = load_models(GOLDENS / "fun-2b-inp", keep=True)
     generate(models, "a cat", num_steps=1, num_frames=1, seed=0)
     first = dict(models.loaded)
     generate(models, "a cat", num_steps=1, num_frames=1, seed=0)
-    assert set(first) == {"text_encoder", "vae", "transformer"}
-    assert all(models.loaded[name] is first[name] for name in first)
-
-
-def test_sampling_leaves_training_possible():
-    """Tables cached while sampling without gradients must not poison a later backward pass."""
-    models = load_models(GOLDENS / "fun-2b-inp", keep=True)
-    generate(models, "a cat", num_steps=1, num_frames=5, seed=0)
-    dit = models.loaded["transformer"]
-    noisy, text = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 226, 16)
-    dit(noisy, 3, text, torch.zeros(1, 17, 2, 4, 6)).square().mean().backward()
-    assert dit.proj_out.weight.grad.abs().max() > 0
+    assert models.loaded == first and first.keys() == {"text_encoder", "vae", "transformer"}
 
 
 # ---------------------------------------------------------------- longer than the model
@@ -338,8 +257,6 @@ def test_a_long_video_gives_each_segment_the_last_frames_of_the_one_before(monke
     monkeypatch.setattr(sample, "generate", watched)
     start, end = (np.full((32, 48, 3), level, np.uint8) for level in (200, 20))
     settings = {"image": start, "end_image": end, "num_steps": 1, "seed": 3}
-    with pytest.raises(ValueError, match="4k\\+1"):
-        list(long_video.generate_long(models, "a cat", 2 * length, **settings))
     num_frames = 2 * length - 1
     video = np.concatenate(list(long_video.generate_long(models, "a cat", num_frames, **settings)))
     assert video.shape == (num_frames, 32, 48, 3)
@@ -363,6 +280,7 @@ def test_a_long_video_goes_on_from_the_segments_beside_it(tmp_path, monkeypatch,
     command = ["a cat", *flags, "--model", str(GOLDENS / "fun-2b-inp")]
     assert sample.main([*command, "--out", str(tmp_path / "whole.mp4")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.json", "whole.mp4"]
+    assert len(read_video(tmp_path / "whole.mp4")) == 25 and "25 frames in" in capsys.readouterr().out
     plain, calls = sample.generate, []
 
     def stops_at_the_third(*args, **settings):
@@ -387,15 +305,3 @@ def test_a_long_video_goes_on_from_the_segments_beside_it(tmp_path, monkeypatch,
 def test_a_segment_fades_in_over_the_frames_it_shares():
     before, after = (np.full((6, 2, 2, 3), level, np.uint8) for level in (100, 0))
     assert long_video.fade(before, after, 5)[:, 0, 0, 0].tolist() == [83, 67, 50, 33, 17, 0]
-
-
-def test_the_command_line_makes_long_videos_of_inpaint_models_only(tmp_path, capsys):
-    options = ["a cat", *"--num-steps 1 --height 32 --width 32 --num-frames 25 --seed 1".split()]
-    out = tmp_path / "long.mp4"
-    assert sample.main([*options, "--model", str(GOLDENS / "fun-2b-inp"), "--out", str(out)]) == 0
-    assert len(read_video(out, 100)) == 25
-    assert "25 frames in" in capsys.readouterr().out and out.with_suffix(".json").exists()
-    assert sample.main([*options, "--model", str(GOLDENS / "fun-2b-control"), "--out", str(out)]) == 2
-    clip = ["--video", str(out), "--strength", "0.5", "--num-steps", "2"]
-    assert sample.main([*options, *clip, "--model", str(GOLDENS / "fun-2b-inp"), "--out", str(tmp_path)]) == 2
-    assert "takes no video" in capsys.readouterr().err

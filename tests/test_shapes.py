@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,21 +37,16 @@ def one_of_each(seed: int = 0) -> list[Scene]:
     return [sample_scene(seed, index, [combination]) for index, combination in enumerate(COMBINATIONS)]
 
 
-def mask_of(frames: Tensor) -> Tensor:
-    """Pixels that differ from the corner's colour at all."""
-    return (frames != frames[..., :1, :1, :]).any(dim=-1)
-
-
-def degrade(clips: Tensor, sigma: float = 0.7, noise: float = 10) -> Tensor:
-    """Blur of `sigma` pixels and noise of `noise` / 255, about what a small VAE does: 28 … 29 dB."""
+def degrade(clips: Tensor) -> Tensor:
+    """Blur of 0.7 pixels and noise of 10 / 255, about what a small VAE does: 28 … 29 dB."""
 
     def blur(size: int) -> Tensor:
         i = torch.arange(size)
-        return (-(i - i[:, None]).square() / (2 * sigma**2)).softmax(dim=1)  # size size
+        return (-(i - i[:, None]).square() / (2 * 0.7**2)).softmax(dim=1)  # size size
 
     height, width = clips.shape[2:4]
     x = blur(height) @ clips.movedim(-1, 2).float() @ blur(width).T  # b f c h w
-    return (x.movedim(2, -1) + noise * torch.randn(clips.shape)).round().clamp(0, 255).to(torch.uint8)
+    return (x.movedim(2, -1) + 10 * torch.randn(clips.shape)).round().clamp(0, 255).to(torch.uint8)
 
 
 def rate_read_right(scenes: list[Scene], clips: Tensor) -> float:
@@ -63,16 +59,11 @@ def rate_read_right(scenes: list[Scene], clips: Tensor) -> float:
 # ---------------------------------------------------------------- grammar, held-out rule, vocabulary
 
 
-def test_the_grammar_has_378_combinations_and_a_tenth_is_held_out():
+def test_a_tenth_of_378_combinations_is_held_out_by_the_stated_rule():
     assert len(COMBINATIONS) == len(set(COMBINATIONS)) == 378
     assert len(HELD_OUT) == 38 and len(TRAINING) == 340 and not set(HELD_OUT) & set(TRAINING)
-
-
-def test_the_held_out_rule_is_the_stated_one():
-    assert is_held_out(("red", "circle", "moves left", "black"))  # 0 + 0 + 0 + 0
     assert is_held_out(("magenta", "triangle", "moves right", "black"))  # 5 + 2 + 3·1 + 0
-    assert not is_held_out(("green", "circle", "moves left", "black"))
-    assert not is_held_out(("red", "circle", "moves left", "gray"))
+    assert not is_held_out(("red", "circle", "moves left", "gray"))  # 0 + 0 + 0 + 3·1
 
 
 @pytest.mark.parametrize("num_words, most", [(1, 0.112), (2, 1 / 6), (3, 1 / 3)])
@@ -81,9 +72,6 @@ def test_every_word_pair_and_triple_is_still_trained_on(num_words, most):
         total = Counter(tuple(c[p] for p in positions) for c in COMBINATIONS)
         held_out = Counter(tuple(c[p] for p in positions) for c in HELD_OUT)
         assert max(held_out[key] / total[key] for key in total) <= most + 1e-9
-        if num_words == 1:
-            least = min(held_out[key] / total[key] for key in total)
-            assert least > 0.085  # and is tested as often as others
 
 
 def test_training_scenes_never_show_a_held_out_combination_and_reach_all_others():
@@ -103,7 +91,6 @@ def test_captions_follow_the_grammar_and_one_frame_names_no_motion():
 
 def test_the_tokenizer_knows_every_word_and_marks_the_others():
     tokenizer = make_tokenizer()
-    assert [tokenizer.token_to_id(word) for word in ("<pad>", "</s>", "<unk>")] == [0, 1, 2]
     assert tokenizer.get_vocab_size() == 3 + len(WORDS) == 27
     for combination in COMBINATIONS:
         sentence = sample_scene(0, 0, [combination]).caption()
@@ -113,14 +100,12 @@ def test_the_tokenizer_knows_every_word_and_marks_the_others():
     assert tokenizer.encode("A Purple circle,\n on a black  background.").tokens == (
         ["a", "<unk>", "circle", "on", "a", "black", "background", "</s>"]
     )
-    assert tokenizer.encode("").ids == [1]
 
 
 # ---------------------------------------------------------------- scenes and motion
 
 
 def test_a_scene_is_a_function_of_seed_and_index_alone():
-    assert sample_scene(5, 7) == sample_scene(5, 7)
     assert len({sample_scene(seed, index) for seed in range(20) for index in range(20)}) == 400
     scene = sample_scene(0, 0)  # written down once: other numbers here would be another data set
     assert scene.caption() == "a blue circle moves right on a black background"
@@ -142,39 +127,22 @@ def test_the_object_is_wholly_visible_and_moves_or_grows_enough(height, width):
         assert growth <= 1 / 2 if scene.motion == "shrinks" else growth > 0.999999
 
 
-def test_drawn_objects_keep_off_the_border():
-    for height, width in SIZES:
-        mask = mask_of(draw(one_of_each()[::5], 17, height, width)[:, ::8])  # first, middle and last frame
-        border = torch.cat([mask[..., 0, :], mask[..., -1, :], mask[..., :, 0], mask[..., :, -1]], dim=-1)
-        assert not border.any() and mask.flatten(2).any(dim=-1).all()
-
-
 def test_size_does_not_tell_the_shape():
     """At equal radius all shapes have the area of the circle; 0.5 % for pixels on an edge being rounded."""
     for shape in SHAPES:
-        scene = Scene("red", shape, "stays still", "black", 0.2, 1.5, 0.5, (0.3, 0.6))
-        red = draw([scene], 1, 128, 128)[0, 0, ..., 0].double() / 255
+        red = draw([replace(BIG_RED, shape=shape)], 1, 128, 128)[0, 0, ..., 0].double() / 255
         assert float(red.sum()) == pytest.approx(torch.pi * (0.2 * 128) ** 2, rel=0.005)
 
 
 def test_circles_are_round_and_triangles_point_up_whatever_the_aspect():
     for height, width in [(64, 64), (64, 96), (96, 64), (48, 192)]:
-        mask = mask_of(draw([BIG_RED], 1, height, width))[0, 0]
+        mask = draw([BIG_RED], 1, height, width)[0, 0, ..., 0] > 0
         rows, columns = mask.any(dim=1).sum(), mask.any(dim=0).sum()
         assert abs(rows - columns) <= 1 and abs(columns - 0.4 * min(height, width)) <= 2
-    triangle = Scene("red", "triangle", "stays still", "black", 0.2, 1.5, 0.5, (0.5, 0.5))
-    rows = mask_of(draw([triangle], 1))[0, 0].sum(dim=1)
+    triangle = replace(BIG_RED, shape="triangle")
+    rows = (draw([triangle], 1)[0, 0, ..., 0] > 0).sum(dim=1)
     rows = rows[rows > 0]
     assert rows[0] <= 2 and rows[-1] == rows.max() and (rows.diff() >= 0).all()
-
-
-def test_edges_are_anti_aliased_and_inner_pixels_are_pure():
-    red, green, blue = draw([BIG_RED], 1)[0, 0].unbind(-1)
-    assert (green == 0).all() and (blue == 0).all() and red.max() == 255 and red[0, 0] == 0
-    between = ((red > 0) & (red < 255)).sum()
-    assert 0.5 < between / (2 * torch.pi * 0.2 * 64) < 2  # about a pixel along the outline
-    gray = draw([sample_scene(0, 0, [("cyan", "square", "grows", "gray")])], 1)[0, 0]
-    assert gray[0, 0].tolist() == [128] * 3 and [0, 255, 255] in gray.flatten(0, 1).tolist()
 
 
 def test_shorter_clips_are_crops_of_the_same_motion():
@@ -185,55 +153,29 @@ def test_shorter_clips_are_crops_of_the_same_motion():
     assert torch.equal(draw(scenes, 1, start=16), whole[:, 16:])
 
 
-def test_a_batch_draws_what_each_scene_draws_alone():
-    scenes = one_of_each()[::17]
-    batch = draw(scenes, 3, 48, 64)
-    assert batch.dtype == torch.uint8 and batch.shape == (len(scenes), 3, 48, 64, 3)
-    for scene, clip in zip(scenes, batch):
-        assert torch.equal(draw([scene], 3, 48, 64)[0], clip)
-
-
-# ---------------------------------------------------------------- records
-
-
 def test_records_look_like_video_files():
-    clips = records(5, seed=2, sizes=[(64, 96), (128, 128)])
-    assert [clip.size for clip in clips] == [(64, 96), (128, 128), (64, 96), (128, 128), (64, 96)]
+    clips = records(3, seed=2, sizes=[(64, 96), (128, 128)])
+    assert [clip.size for clip in clips] == [(64, 96), (128, 128), (64, 96)]
     clip = clips[2]
     assert clip.scene == sample_scene(2, 2)
-    assert clip.num_frames == CLIP_FRAMES
     frames = clip.read(4, 13)
     assert isinstance(frames, np.ndarray) and frames.dtype == np.uint8 and frames.shape == (13, 64, 96, 3)
-    assert np.array_equal(frames, clip.read(0, 17)[4:])
+    assert np.array_equal(frames, clip.read(0, CLIP_FRAMES)[4:])
     assert np.array_equal(clip.read(0, 5, size=(32, 48)), draw([clip.scene], 5, 32, 48)[0])
 
 
 # ---------------------------------------------------------------- the reader
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (64, 96)])
-def test_clean_clips_are_read_right(height, width):
-    scenes = one_of_each(2)[::5]
-    assert rate_read_right(scenes, draw(scenes, 17, height, width)) >= 0.995
-
-
-def test_blurred_and_noisy_clips_are_read_right():
-    scenes = one_of_each(3)[::9]
-    clips = draw(scenes)
+@pytest.mark.parametrize("num_frames, height, width", [(17, 64, 64), (17, 64, 96), (5, 64, 64), (1, 128, 96)])
+def test_clips_and_pictures_are_read_right_though_blurred_and_noisy(num_frames, height, width):
+    scenes = one_of_each(num_frames)[::17]
+    clips = draw(scenes, num_frames, height, width)
+    assert rate_read_right(scenes, clips) >= 0.995
     degraded = degrade(clips)
     assert 25 < psnr(clips, degraded) < 30
     assert rate_read_right(scenes, degraded) >= 0.98
-    worse = degrade(clips[:, :5], sigma=1.2, noise=15)  # 24.5 dB, a short crop
-    assert rate_read_right(scenes, worse) >= 0.98
-
-
-def test_images_are_read_right_and_have_no_motion():
-    scenes = one_of_each(4)[::9]
-    for height, width in SIZES:
-        clips = draw(scenes, 1, height, width)
-        assert rate_read_right(scenes, clips) >= 0.995
-        assert rate_read_right(scenes, degrade(clips)) >= 0.98
-    assert read_attributes(clips[0])["motion"] is None
+    assert num_frames > 1 or read_attributes(clips[0])["motion"] is None
 
 
 def test_the_reader_is_not_pleased_by_anything():
@@ -247,7 +189,7 @@ def test_the_reader_is_not_pleased_by_anything():
     blue_ground = still.clone()
     blue_ground[..., 2] = 200
     assert read_attributes(blue_ground) is None  # an object, on a ground this world does not have
-    scenes = [Scene("red", "circle", "stays still", "black", 0.14, 1, 0, (x, 0.5)) for x in (0, 1)]
+    scenes = [replace(BIG_RED, radius=0.14, place=(x, 0.5)) for x in (0, 1)]
     left, right = draw(scenes, 4)
     two = read_attributes(torch.maximum(left, right))
     assert two["shape"] is None and two["fit"].max() < 0.3
@@ -259,7 +201,7 @@ def test_the_reader_is_not_pleased_by_anything():
 @pytest.mark.parametrize("share, motion", [(0.6, "moves right"), (0.4, "stays still")])
 def test_a_move_counts_from_an_eighth_of_the_side(share, motion):
     """0.125 of the side is half of the promised 25 %; 60 and 40 % of 25 % fall on its two sides."""
-    still = draw([Scene("blue", "circle", "stays still", "white", 0.15, 1, 0, (0.2, 0.5))], 17)[0]
+    still = draw([replace(BIG_RED, radius=0.15, place=(0.2, 0.5))], 17)[0]
     moved = torch.stack([frame.roll(round(0.25 * share * 64 * i / 16), 1) for i, frame in enumerate(still)])
     assert read_attributes(moved)["motion"] == motion
     assert read_attributes(moved[:9])["motion"] == motion  # a crop with its share of the motion
@@ -267,10 +209,7 @@ def test_a_move_counts_from_an_eighth_of_the_side(share, motion):
 
 @pytest.mark.parametrize("growth, motion", [(1.25, "grows"), (1.13, "stays still"), (1 / 1.25, "shrinks")])
 def test_growth_counts_from_the_square_root_of_two_in_area(growth, motion):
-    scenes = [
-        Scene("green", "square", "stays still", "gray", 0.2 * growth ** (i / 16), 1, 0, (0.5, 0.5))
-        for i in range(17)
-    ]
+    scenes = [replace(BIG_RED, shape="square", radius=0.2 * growth ** (i / 16)) for i in range(17)]
     assert read_attributes(draw(scenes, 1)[:, 0])["motion"] == motion
 
 

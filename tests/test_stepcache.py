@@ -25,6 +25,13 @@ def plan(monkeypatch):
     monkeypatch.setitem(stepcache.POLYNOMIALS, ("inpaint", 2, None), (0.06,))
 
 
+@pytest.fixture(params=["plan", "first block"])
+def rule(request):
+    if request.param == "plan":
+        request.getfixturevalue("plan")
+    return request.param
+
+
 # ---------------------------------------------------------------- which steps
 
 
@@ -42,25 +49,8 @@ def test_a_plan_sums_up_changes_until_the_threshold_and_starts_anew():
     assert planned_skips(vectors[:1], 9.0, unchanged) == [False]
 
 
-@pytest.mark.parametrize(
-    "kind, layers, patch_size_t, last",
-    [
-        ("text", 30, None, -3.6e-3),
-        ("image", 42, None, -5.2e-2),
-        ("text", 42, 2, 3.59e-2),
-        ("image", 42, 2, 3.7e-2),
-    ],
-)
-def test_the_polynomial_is_the_one_of_these_weights(kind, layers, patch_size_t, last):
-    assert stepcache.POLYNOMIALS[kind, layers, patch_size_t][-1] == pytest.approx(last, rel=0.02)
-
-
 def test_models_without_a_polynomial_go_by_their_first_block():
-    for variant in (
-        "fun-2b-inp",
-        "fun-2b-control",
-        "cogvideox-2b-t2v",
-    ):  # the last has two layers, not thirty
+    for variant in ("fun-2b-inp", "cogvideox-2b-t2v"):  # the second has two layers, not thirty
         dit = VideoTransformer.from_pretrained(GOLDENS / variant)
         with skip_steps(dit, 0.1, torch.tensor([999, 499])) as cache:
             assert cache.skipped is None
@@ -86,7 +76,6 @@ def test_a_higher_threshold_computes_less_and_differs_more():
 
 
 def test_a_skipped_step_adds_what_the_blocks_added_last(plan):
-    models = load_models(MODEL)
     dit = VideoTransformer.from_pretrained(MODEL)
     text = torch.randn(1, 226, 16)
     inputs = [(torch.randn(1, 16, 2, 4, 6), t, text, torch.randn(1, 17, 2, 4, 6)) for t in (999, 666, 333)]
@@ -107,19 +96,14 @@ def test_a_skipped_step_adds_what_the_blocks_added_last(plan):
         plain, dit.run_blocks = dit.run_blocks, watch
         dit(*inputs[0])
         assert torch.equal(cached[1], dit(*inputs[1]))
-    assert models.forwards == [0, 0]
 
 
 @pytest.mark.parametrize("interval", [(0, 999), (300, 999), (0, 700)])
-@pytest.mark.parametrize("rule", ["plan", "first block"])
-def test_halves_of_guidance_apart_have_a_memory_each(rule, interval, monkeypatch, request):
+def test_halves_of_guidance_apart_have_a_memory_each(rule, interval, monkeypatch):
     """Batches of two and of one give the same; a half that was left out for a time is computed anew."""
-    if rule == "plan":
-        request.getfixturevalue("plan")
-    threshold = 0.1 if rule == "plan" else 1e-9
     together = load_models(MODEL)
     apart = load_models(MODEL)
-    settings = {"step_cache": threshold, "guidance_interval": interval}
+    settings = {"step_cache": 0.1 if rule == "plan" else 1e-9, "guidance_interval": interval}
     expected = latents(together, **settings)
     monkeypatch.setattr(sample, "SMALL_TOKENS", 0)
     assert_close(latents(apart, **settings), expected, ROUNDING)
@@ -132,10 +116,7 @@ def test_halves_of_guidance_apart_have_a_memory_each(rule, interval, monkeypatch
 # ---------------------------------------------------------------- nothing outlives a video
 
 
-@pytest.mark.parametrize("rule", ["plan", "first block"])
-def test_each_of_several_prompts_and_segments_begins_anew(rule, request):
-    if rule == "plan":
-        request.getfixturevalue("plan")
+def test_each_of_several_prompts_and_segments_begins_anew(rule):
     models = load_models(MODEL, keep=True)
     prompts = ("a cat", "a dog", "a cat")
     requests = [complete(Request(prompt, step_cache=0.9, **SETTINGS), models) for prompt in prompts]
@@ -156,21 +137,9 @@ def test_compiled_blocks_are_skipped_too(plan):
     assert models.forwards == plain.forwards and models.forwards[0] < 8
 
 
-def test_a_plan_is_said_before_the_start_and_kept_to(plan, tmp_path, capsys):
-    flags = (
-        "--num-steps 7 --num-frames 5 --height 32 --width 48 --seed 1 --device cpu --step-cache 0.1".split()
-    )
+def test_a_plan_is_said_before_the_start_and_what_was_computed_at_the_end(plan, tmp_path, capsys):
+    flags = "--num-steps 7 --num-frames 5 --seed 1 --device cpu --step-cache 0.1".split()
     assert sample.main(["a cat", "--model", str(MODEL), *flags, "--out", str(tmp_path / "a.mp4")]) == 0
     said = capsys.readouterr().out
     assert "cache    threshold 0.1, 4 of 7 steps computed" in said
     assert "step cache: 4 of 7 forwards of the transformer computed in full" in said
-
-
-def test_the_command_line_says_how_much_was_computed(tmp_path, capsys):
-    flags = "--num-steps 4 --num-frames 5 --height 32 --width 48 --seed 1 --device cpu --step-cache 9".split()
-    assert sample.main(["a cat", "--model", str(MODEL), *flags, "--out", str(tmp_path / "a.mp4")]) == 0
-    said = capsys.readouterr().out
-    assert "step cache: 1 of 4 forwards of the transformer computed in full" in said
-    assert '"step_cache": 9.0' in (tmp_path / "a.json").read_text()
-    assert sample.main(["a cat", "--model", str(MODEL), "--step-cache", "-1", "--out", str(tmp_path)]) == 2
-    assert "step_cache=-1.0 is outside 0 … 10" in capsys.readouterr().err
