@@ -20,6 +20,7 @@ Dimension key: b batch, f' h' w' frames, height, width of latents, L text tokens
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,19 +35,14 @@ TEXTS = 64  # that T5 encodes together: each time all its layers are read from t
 TOKENS = 16384  # that the VAE encodes together: it takes far more memory than the latents it gives
 
 
+@dataclass
 class Cache:
     """What both homes share: making what is lacking."""
 
-    def __init__(
-        self,
-        loader: Loader,
-        read: Callable[[Record, Bucket, Key], Sample],
-        encode_clips: Callable[[list[Sample]], Batch],
-        encode_texts: Callable[[list[str]], Tensor],
-    ):
-        """encode_texts: what T5 makes of captions, b L d; or, while T5 learns, their ids, b L"""
-        self.loader, self.read = loader, read
-        self.encode_clips, self.encode_texts = encode_clips, encode_texts
+    loader: Loader
+    read: Callable[[Record, Bucket, Key], Sample]
+    encode_clips: Callable[[list[Sample]], Batch]
+    encode_texts: Callable[[list[str]], Tensor]  # by T5, b L d; or, while T5 learns, to its ids, b L
 
     def fill(self, micros: list[Micro]) -> int:
         """Make what these micro-batches ask for and is not there yet; returns how many samples that were."""
@@ -77,13 +73,14 @@ def places_of(micros: list[Micro]) -> list[tuple[int, Bucket, Key]]:
     return list(dict.fromkeys(place for micro in micros for place in micro.places()))
 
 
+@dataclass
 class DeviceCache(Cache):
     """Kept on the device that trains: for small models, whose steps are quicker than any reading."""
 
-    def __init__(self, *encoding, device: torch.device):
-        super().__init__(*encoding)
-        self.device = device
-        self.tables: dict[Bucket, Batch] = {}  # {name: n …}
+    device: torch.device
+
+    def __post_init__(self):
+        self.tables: dict[Bucket, list[Batch]] = {}  # {name: n …}, while they are filled in pieces
         self.rows: dict[tuple[Bucket, Key], int] = {}  # in the tables of its bucket
         self.texts = torch.empty(0)  # of each caption, n L d or, while T5 learns, ids n L
         self.text_rows: dict[str, int] = {}
@@ -93,11 +90,9 @@ class DeviceCache(Cache):
         return (bucket, key) in self.rows
 
     def fill(self, micros: list[Micro]) -> int:
-        self.made = {bucket: [table] for bucket, table in self.tables.items()}
         count = super().fill(micros)
-        for bucket, batches in self.made.items():
-            self.tables[bucket] = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
-        del self.made
+        for pieces in self.tables.values():
+            pieces[:] = [{name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}]
         return count
 
     def keep_clips(self, group: Micro, batch: Batch, captions: list[str]) -> None:
@@ -106,7 +101,7 @@ class DeviceCache(Cache):
             self.rows[group.bucket, key] = len(text_of)
             text_of.append(self.text_rows.setdefault(caption, len(self.text_rows)))
         here = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        self.made.setdefault(group.bucket, []).append(here)
+        self.tables.setdefault(group.bucket, []).append(here)
 
     def keep_texts(self, micros: list[Micro]) -> None:
         """All of them anew in each phase: T5 may have learnt in the last one."""
@@ -123,20 +118,19 @@ class DeviceCache(Cache):
             text_of = self.text_of[micro.bucket]
             texts, text_row = torch.tensor([text_of[row] for row in rows]).unique(return_inverse=True)
             rows, text_row = torch.tensor([rows, text_row.tolist()]).to(self.device)  # in one transfer
-            batch = {name: table[rows] for name, table in self.tables[micro.bucket].items()}
+            [table] = self.tables[micro.bucket]
+            batch = {name: column[rows] for name, column in table.items()}
             yield batch | {"text": self.texts[texts.to(self.device)], "text_row": text_row}
 
 
+@dataclass
 class DiskCache(Cache):
     """Kept in a folder, for any number of runs."""
 
-    def __init__(self, *encoding, folder: Path, settings: tuple, text_settings: tuple, digests: list[str]):
-        """settings, text_settings: all that decides what encoding gives, such as `files_digest` of weights
-        digests: of the records' contents, see `content_digests`
-        """
-        super().__init__(*encoding)
-        self.folder, self.digests = folder, digests
-        self.settings, self.text_settings = settings, text_settings
+    folder: Path
+    settings: tuple  # all that decides what encoding gives, such as `files_digest` of weights
+    text_settings: tuple  # likewise of texts
+    digests: list[str]  # of the records' contents, see `content_digests`
 
     def path(self, *decided_by) -> Path:
         name = hashlib.sha256(repr((VERSION, *decided_by)).encode()).hexdigest()
@@ -177,13 +171,12 @@ class DiskCache(Cache):
             yield {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
     def read_entry(self, index: int, bucket: Bucket, key: Key) -> Batch:
+        entry = {}
         text_path = self.text_path(self.caption(index, bucket, key))
-        return read_tensors(self.clip_path(index, bucket, key)) | read_tensors(text_path)
-
-
-def read_tensors(path: Path) -> Batch:
-    with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        for path in (self.clip_path(index, bucket, key), text_path):
+            with open_safetensors(path) as file:
+                entry |= {name: file.get_tensor(name) for name in file.keys()}
+        return entry
 
 
 def is_whole(path: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Plan, Record, bucket_at, open_record, sizes_for
+from data import Plan, Record, bucket_at, open_record, read_all, sizes_for
 from media import notes, read_image, shown_frames
 from metadata import Entry, scan_metadata
 from runtime import generator, integer, say
@@ -69,7 +69,7 @@ def _look_through(path: Path) -> tuple[int, float, list[str]]:
     is_flat = True
     for shown in shown_frames(path):
         pixels = shown.read()
-        sizes.add("{1}x{0}".format(*pixels.shape))
+        sizes.add(_shape(pixels.shape[:2]))
         lengths.append(1000 * (shown.end - shown.begin))
         num_damaged += shown.is_damaged
         is_flat = is_flat and _is_flat(pixels)
@@ -102,10 +102,7 @@ def _read_as_training_does(record: Record, num_frames: int) -> None:
     last = record.num_frames - num_frames
     for start in sorted({0, integer(generator("check", record.name), 0, last), last}):
         for read in filter(None, (record.read, record.read_control)):
-            missing = num_frames - len(read(start, num_frames, record.size))
-            if missing:
-                what = f"{record.name} ends {missing} frames before its header says"
-                raise ValueError(f"{what}; encode it anew")
+            read_all(record, read, start, num_frames, record.size)
 
 
 def _as_text(file: dict) -> str:
@@ -158,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
             files = [job.result() for job in tqdm(jobs, "decoding", unit="file", disable=None)]
         finally:
             pool.shutdown(cancel_futures=True)  # or control-c would wait for all of them
-    num_lost, num_odd = (sum(bool(file[kind]) for file in files) for kind in ("lost", "odd"))
+    num_lost = sum(bool(file["lost"]) for file in files)
+    num_odd = sum(bool(file["odd"]) for file in files)
     if args.json:
         report = {"samples": len(files), "lost": num_lost, "odd": num_odd}
         report |= {"mistakes": args.mistakes, "remarks": args.remarks, "files": files}
@@ -169,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in args.remarks + args.mistakes:
             say(f"{args.meta}: {line}")
         say(f"samples: {len(files)}, lost: {num_lost}, odd: {num_odd}, mistakes: {len(args.mistakes)}")
-    return int(num_lost > 0 or len(args.mistakes) > 0)
+    return 1 if num_lost or args.mistakes else 0
 
 
 if __name__ == "__main__":

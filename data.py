@@ -14,7 +14,7 @@ import inspect
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,17 +229,22 @@ class Micro:
     indices: list[int]  # of its samples, in the records
     keys: list[Key]  # of the same
     epoch: int
-    number: int  # in the epoch's list; with the epoch it decides the noise
+    number: int  # in the epoch's list
     timesteps: Tensor | None = None  # one for each noise, see train.stratified_timesteps
 
     def places(self) -> list[tuple[int, Bucket, Key]]:
         """What each sample is made from: its number in the records, its shape, its draws."""
         return [(index, self.bucket, key) for index, key in zip(self.indices, self.keys)]
 
+    def draws(self, seed: int, device: torch.device) -> torch.Generator:
+        """Of its posterior and diffusion noise, which are drawn at once for all its samples."""
+        return generator(seed, self.epoch, self.number, "noise", device=device)
+
 
 Batch = dict[str, Tensor]  # a micro-batch encoded, see train_dit.Encoders and cache.py
 
 
+@dataclass
 class Epochs:
     """Epoch after epoch of micro-batches: every record once an epoch, in random order.
 
@@ -251,26 +256,20 @@ class Epochs:
     is left over waits for another epoch, so that each bucket has one size, and a compiler one shape.
     """
 
-    def __init__(
-        self,
-        records: list[Record],
-        plan: Plan,
-        seed: int,
-        num_draws: int = 0,
-        only_full: bool = False,
-        names: list[int] | None = None,
-    ):
-        self.records, self.plan, self.seed = records, plan, seed
-        self.num_draws, self.only_full = num_draws, only_full
-        self.names = names or list(range(len(records)))
+    records: list[Record]
+    plan: Plan
+    seed: int
+    num_draws: int = 0
+    only_full: bool = False
+    names: Sequence[int] = ()
+
+    def __post_init__(self):
+        self.names = self.names or range(len(self.records))
         self.buckets: dict[int, list[Bucket]] = {}  # by draw
 
-    def micros(self, epoch: int) -> list[Micro]:
-        """The micro-batches of one epoch."""
+    def micros(self, epoch: int, everything: bool = False) -> list[Micro]:
+        """The micro-batches of one epoch; everything: with what only_full would leave over."""
         draw = epoch % self.num_draws if self.num_draws else epoch
-        return self._micros(epoch, draw, self.only_full)
-
-    def _micros(self, epoch: int, draw: int, only_full: bool) -> list[Micro]:
         order = generator(self.seed, epoch, "order")
         buckets = self._buckets(draw)
         members: dict[Bucket, list[int]] = {}
@@ -279,7 +278,7 @@ class Epochs:
         groups = []
         for bucket, indices in members.items():
             size = max(1, self.plan.batch_tokens // tokens_of(bucket, self.plan))
-            if only_full and len(indices) > size:
+            if self.only_full and not everything and len(indices) > size:
                 indices = indices[: len(indices) // size * size]
             groups += [(bucket, indices[i : i + size]) for i in range(0, len(indices), size)]
         micros = []
@@ -305,7 +304,7 @@ class Epochs:
                 yield from micros
         else:
             for draw in range(self.num_draws):
-                yield from self._micros(draw, draw, only_full=False)
+                yield from self.micros(draw, everything=True)
 
     def steps(self, epoch: int, number: int, size: int) -> Iterator[list[Micro]]:
         """Lists of `size` micro-batches, one for each step, through all epochs from a place on."""
@@ -369,6 +368,15 @@ def draw_caption(record: Record, bucket: Bucket, key: Key) -> str:
     return "" if chance(generator(*key, "caption"), CAPTION_DROP) else record.caption(bucket.num_frames)
 
 
+def read_all(record: Record, read: Reader, start: int, num_frames: int, size: tuple[int, int]) -> np.ndarray:
+    """What one of a record's readers gives; ValueError if the file is shorter than its header says."""
+    frames = read(start, num_frames, size)
+    missing = num_frames - len(frames)
+    if missing > 0:
+        raise ValueError(f"{record.name} ends {missing} frames before its header says; encode it anew")
+    return frames
+
+
 def load_sample(record: Record, bucket: Bucket, key: Key, plan: Plan) -> Sample:
     """Decode and draw everything about one sample.
 
@@ -378,13 +386,11 @@ def load_sample(record: Record, bucket: Bucket, key: Key, plan: Plan) -> Sample:
     start = draw_start(record, bucket, key)
 
     def take(read: Reader) -> Tensor:
-        frames = read(start, num_frames, (height, width))
-        if len(frames) < num_frames:
-            raise ValueError(f"{record.name} ends {num_frames - len(frames)} frames before its header says")
+        frames = read_all(record, read, start, num_frames, (height, width))
         return torch.from_numpy(np.array(fit(frames, height, width)))
 
-    everything = torch.ones(1, 1, 1, dtype=torch.bool).expand(num_frames, height, width)
-    mask, zero_if_all_masked = everything, True
+    mask = torch.ones(1, 1, 1, dtype=torch.bool).expand(num_frames, height, width)  # generate everything
+    zero_if_all_masked = True
     if plan.masks and not (plan.text_only and chance(generator(*key, "mask dropped"), plan.text_only)):
         mask = random_mask(generator(*key, "mask"), num_frames, height, width, plan.masks)
         zero_if_all_masked = chance(generator(*key, "text only"), TEXT_ONLY)

@@ -78,9 +78,8 @@ def _sincos(dim: int, num: int, scale: float) -> Tensor:
 
 def _stretch(table: Tensor, num: int) -> Tensor:
     """Linear interpolation between pixel centres (align_corners=False) of m dim -> num dim."""
-    table = table.T[None]  # 1 dim m
-    table = F.interpolate(table, size=num, mode="linear", align_corners=False)
-    return table[0].T
+    columns = table.T[None]  # 1 dim m
+    return F.interpolate(columns, size=num, mode="linear", align_corners=False)[0].T
 
 
 def _per_token(frame: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor, Tensor]:

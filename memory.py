@@ -128,9 +128,9 @@ def describe(
     if not is_cached:  # a clip is encoded before, not while, the transformer is at work
         total += encoding["T5"] + max(0, encoding["VAE"] - parts["activations"])
     free = free_bytes(models.device)
-    text = f"memory: about {as_size(total)} ({listed(parts)}"
-    text += ", all but the last in the host's memory" if is_offloaded else ""
-    text += f"); to encode, {'before the first step' if is_cached else 'in each step'}, {listed(encoding)}"
+    where = ", all but the last in the host's memory" if is_offloaded else ""
+    when = "before the first step" if is_cached else "in each step"
+    text = f"memory: about {as_size(total)} ({listed(parts)}{where}); to encode, {when}, {listed(encoding)}"
     if free is None:
         return text
     text += f"; free {as_size(free)}"

@@ -43,24 +43,25 @@ def read_metadata(path: str | Path) -> list[Entry]:
 
 def scan_metadata(path: Path) -> tuple[list[Entry], list[str], list[str]]:
     """(the samples that can be used, a line for each mistake, a line for what else one should know)"""
-    entries: dict[Entry, str] = {}
+    entries: dict[Entry, str] = {}  # and where each stands
     mistakes, remarks = [], []
     is_folder = path.is_dir()
+    folder = path if is_folder else path.parent
     for kind, where, item in _folder_items(path) if is_folder else _file_items(path):
         if kind == "mistake":
             mistakes.append(f"{where}: {item}")
         elif kind == "remark":
             remarks.append(f"{where}: {item}")
         else:
-            problems, entry = _to_entry(path if is_folder else path.parent, item)
+            problems, entry = _to_entry(folder, item)
             mistakes += [f"{where}: {problem}" for problem in problems]
             if entry in entries:
                 remarks.append(f"{where}: says the same as {entries[entry]}; it is taken once")
             elif entry:
                 entries[entry] = where
     if not entries and not mistakes:
-        what = "there is no clip or picture with a .txt of its name" if is_folder else "it lists no samples"
-        mistakes.append(what)
+        in_folder = "there is no clip or picture with a .txt of its name"
+        mistakes.append(in_folder if is_folder else "it lists no samples")
     return list(entries), mistakes, remarks
 
 
@@ -69,10 +70,8 @@ Item = tuple[str, str, object]  # "sample", where, its fields; or "mistake" or "
 
 def _file_items(path: Path) -> Iterator[Item]:
     must_exist(path)
-    ending = path.suffix.lower()
-    if ending == ".csv":
-        return _csv_items(path)
-    return _jsonl_items(path) if ending == ".jsonl" else _json_items(path)
+    readers = {".csv": _csv_items, ".jsonl": _jsonl_items}
+    return readers.get(path.suffix.lower(), _json_items)(path)
 
 
 def _json_items(path: Path) -> Iterator[Item]:
@@ -106,8 +105,7 @@ def _csv_items(path: Path) -> Iterator[Item]:
             for row in reader:
                 where = f"line {reader.line_num}"
                 if None in row:
-                    what = "has more fields than the header; put a text with commas in quotes"
-                    yield "mistake", where, what
+                    yield "mistake", where, "has more fields than the header; put texts with commas in quotes"
                 else:
                     yield "sample", where, {name: value for name, value in row.items() if value is not None}
         except (csv.Error, ValueError) as error:
@@ -167,11 +165,14 @@ def _to_entry(folder: Path, item: object) -> tuple[list[str], Entry | None]:
     if not isinstance(item, dict):
         return ["should be an object {…}"], None
     problems = []
-    fields = {name: value for name, value in item.items() if value != "" or name == "text"}
+    fields = {}
     for name in ("file_path", "text", "type", "control_file_path"):
-        if not isinstance(fields.get(name, ""), str):
-            problems.append(f"{name} = {json.dumps(fields.pop(name))[:80]} should be a string")
-        elif name not in fields and name in ("file_path", "text"):
+        value = item.get(name, "")
+        if not isinstance(value, str):
+            problems.append(f"{name} = {json.dumps(value)[:80]} should be a string")
+        elif value or (name == "text" and name in item):  # an empty caption is one
+            fields[name] = value
+        elif name in ("file_path", "text"):
             problems.append(f"{name} is missing")
     kind = fields.get("type")
     if kind not in (None, "video", "image"):

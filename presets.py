@@ -97,8 +97,8 @@ def set_field(config, assignment: str):
     return replace(config, **{first: value})
 
 
-def sizes_from(low: int, high: int = 1280, step: int = 128) -> tuple[int, ...]:
-    return tuple(range(low, high + 1, step))
+def sizes_from(low: int) -> tuple[int, ...]:
+    return tuple(range(low, 1281, 128))
 
 
 # The reference's commands (README_TRAIN.md, scripts/train.sh): lr 2e-5, constant after 100 steps of warm-up,

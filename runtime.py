@@ -33,16 +33,14 @@ def join_ranks(alone: bool = False) -> dist.Store | None:
     alone: make a group of one process too, which FSDP needs for its offloading
     returns: a store that all of them read and write, or None if there are no others
     """
-    if NUM_RANKS == 1 and not alone:
-        return None
-    if dist.is_initialized():
+    if dist.is_initialized() or (NUM_RANKS == 1 and not alone):
         return None
     if NUM_RANKS == 1:
-        store, rank, num_ranks = dist.HashStore(), 0, 1
+        store = dist.HashStore()
     else:
-        store, rank, num_ranks = next(dist.rendezvous("env://"))
+        store, _, _ = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=NUM_RANKS)
     return store
 
 
@@ -150,6 +148,11 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # with AVX-512 alone it can be slower
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in dtype, of weights in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 # ---------------------------------------------------------------- draws
 
 
@@ -198,12 +201,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Force a file or folder to the disk. Windows opens no folder, and wants files open for writing."""
-    if os.name == "nt":
-        if path.is_dir():
-            return
-        handle = os.open(path, os.O_RDWR)
-    else:
-        handle = os.open(path, os.O_RDONLY)
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -220,10 +221,8 @@ def in_one_line(error: BaseException, memory_remedy: str) -> str | None:
     """
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no C++ compiler, say
         message = f"torch.compile: {str(error).splitlines()[0]}; leave out --compile"
-    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        message = f"out of memory; {memory_remedy}"
-    elif isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # the CPU's allocator
-        message = f"out of memory; {memory_remedy}"
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        message = f"out of memory; {memory_remedy}"  # the latter is what the CPU's allocator says
     elif isinstance(error, OSError) and error.errno is not None:
         message = f"{error.filename or 'a file'}: {error.strerror}; is the path right, and is there room?"
     elif isinstance(error, ModuleNotFoundError) and "." not in (error.name or "."):

@@ -4,8 +4,7 @@ import warnings
 
 import torch
 
-import runtime
-from runtime import NUM_RANKS
+from runtime import NUM_RANKS, join_ranks
 from transformer import VideoTransformer
 
 
@@ -32,7 +31,7 @@ def shard(dit: VideoTransformer, device: torch.device, offload: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    runtime.join_ranks(alone=True)
+    join_ranks(alone=True)
     mesh = init_device_mesh(device.type, (NUM_RANKS,))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     for module in (*dit.transformer_blocks, dit):

@@ -89,14 +89,15 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
     """
     torch.manual_seed(config.seed)
     learns = {"dit": "transformer", "vae": "vae"}[config.train]
-    t5_file = model_dir and model_dir / "text_encoder" / "config.json"
-    if t5_file and t5_file.is_file():  # a new transformer is as wide as its text
-        width = checkpoint.read_config(T5Config, t5_file).d_model
-        config = replace(config, dit=replace(config.dit, text_embed_dim=width))
     wanted = checkpoint.COMPONENTS if config.train == "dit" else (learns,)
-    there = [name for name in checkpoint.COMPONENTS if model_dir and (model_dir / name).is_dir()]
-    if from_scratch and learns in there:
-        there.remove(learns)
+    there = {}
+    if model_dir:
+        there = {name: model_dir / name for name in checkpoint.COMPONENTS if (model_dir / name).is_dir()}
+    if "text_encoder" in there:  # a new transformer is as wide as its text
+        width = checkpoint.read_config(T5Config, there["text_encoder"] / "config.json").d_model
+        config = replace(config, dit=replace(config.dit, text_embed_dim=width))
+    if from_scratch:
+        there.pop(learns, None)
     makes = {"transformer": config.dit, "scheduler": config.schedule, "vae": config.vae}
     makes |= {"text_encoder": config.t5, "tokenizer": config.t5}
     for name in wanted:  # all are looked at before the first is made
@@ -106,7 +107,7 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
         if (out / name).exists():
             shutil.rmtree(out / name)
         if name in there:
-            checkpoint.link(model_dir / name, out / name)
+            checkpoint.link(there[name], out / name)
         elif name in wanted:
             make_component(name, config, out)
     checkpoint.write_model_index(out, model_dir, config.in_channels)
@@ -623,8 +624,9 @@ def main(argv: list[str] | None = None) -> int:
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     store = runtime.join_ranks()
     try:
-        stopped = run_command(argv, signals)
-        return 128 + (signals or [signal.SIGTERM])[0] if stopped else 0
+        if not run_command(argv, signals):
+            return 0
+        return 128 + (signals[0] if signals else signal.SIGTERM)  # the latter where it came to another rank
     except (Exception, KeyboardInterrupt) as error:
         if store and store.add("failed", 1) > 1:
             return 2  # an error of one rank is soon one of all, but the first alone knows why

@@ -29,7 +29,7 @@ from inpaint import add_reference_noise, draw_noise_sigma, encode_masked, join_c
 from kinds import is_cogvideox15, max_num_frames, model_kind, native_size, num_padding
 from media import to_pixels, to_uint8
 from presets import Config, Phase
-from runtime import chance, generator
+from runtime import autocast, chance, generator
 from text_encoder import T5Encoder
 from transformer import VideoTransformer, grow_input_channels
 from vae import sample_first_picture, sample_posterior
@@ -124,13 +124,13 @@ class Denoising:
     def __init__(self, config: Config, model_dir: Path, device: torch.device, dtype: torch.dtype):
         self.config, self.model_dir, self.device, self.dtype = config, model_dir, device, dtype
         self.dit = VideoTransformer.from_pretrained(model_dir, dtype=None)
-        self.kind = model_kind(self.dit.config)
         if config.in_channels not in (None, self.dit.config.in_channels):
-            if self.kind != "text":
-                what = f"{model_dir} is of kind {self.kind}"
+            before = model_kind(self.dit.config)
+            if before != "text":
+                what = f"{model_dir} is of kind {before}"
                 raise ValueError(f"{what}; only a text model of 16 channels is grown by --in-channels")
             grow_input_channels(self.dit, config.in_channels)
-            self.kind = model_kind(self.dit.config)
+        self.kind = model_kind(self.dit.config)
         if config.lora_rank:
             from lora import add_lora  # here and in `save` only: without the file all else still works
 
@@ -189,7 +189,7 @@ class Denoising:
     def losses(self, batch: Batch, micro: Micro) -> Tensor:
         """One loss for each timestep of the micro-batch: noises_per_clip of them for each sample."""
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        draws = generator(self.config.seed, micro.epoch, micro.number, "noise", device=self.device)
+        draws = micro.draws(self.config.seed, self.device)
         timesteps = micro.timesteps.to(self.device, non_blocking=True)
         latents = self.sampled(batch["latents"], draws)
         num_copies = num_padding(self.dit.config, latents.shape[2])  # of the first frame, in front
@@ -201,10 +201,10 @@ class Denoising:
             latents, text = latents.repeat_interleave(repeats, 0), text.repeat_interleave(repeats, 0)
             condition = None if condition is None else condition.repeat_interleave(repeats, 0)
         noise = self.normal(latents.shape, draws)
-        inputs = latents, noise, timesteps, text, condition
         dit = self.dit if torch.is_grad_enabled() else self.in_turn
-        with self.autocast():
-            return denoising_losses(dit, self.models.schedule, *inputs, self.config.motion_sub_loss)
+        schedule, share = self.models.schedule, self.config.motion_sub_loss
+        with autocast(self.device, self.dtype):
+            return denoising_losses(dit, schedule, latents, noise, timesteps, text, condition, share)
 
     def in_turn(self, noisy: Tensor, timesteps: Tensor, text: Tensor, condition: Tensor | None) -> Tensor:
         """The transformer's velocities; large clips one by one, as the bands of validation take more memory
@@ -222,9 +222,9 @@ class Denoising:
         if self.kind == "control":
             return self.sampled(batch["control"], draws)
         if self.kind == "inpaint":
-            shown = {name: batch[name] for name in ("masked", "known", "zero")}
-            noise = self.normal(shown["masked"].chunk(2, dim=1)[0].shape, draws)
-            return join_condition(**shown, noise=noise, config=self.models.vae_config).float()
+            masked, known, zero = batch["masked"], batch["known"], batch["zero"]
+            noise = self.normal(masked.chunk(2, dim=1)[0].shape, draws)
+            return join_condition(masked, known, zero, noise, self.models.vae_config).float()
         if self.kind == "image":
             mean, logvar = batch["picture"].chunk(2, dim=1)
             noise = self.normal(mean.shape, draws)
@@ -237,7 +237,7 @@ class Denoising:
         """b L d, fp32, of what the batch holds: that, or ids where T5 learns; each caption once or often."""
         text = batch["text"]
         if not text.is_floating_point():
-            with self.autocast():
+            with autocast(self.device, self.dtype):
                 text = self.t5(text)
         if "text_row" in batch:
             text = text[batch["text_row"]]
@@ -250,9 +250,6 @@ class Denoising:
 
     def normal(self, shape: Iterable[int], draws: torch.Generator) -> Tensor:
         return torch.randn(tuple(shape), generator=draws, device=self.device)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
     def validate(self, held_out: list[tuple[Batch, Micro]]) -> dict[str, float]:
@@ -274,14 +271,14 @@ class Denoising:
             settings["control_video"] = shown.control.numpy()
         if self.kind == "image":
             settings["image"] = to_uint8(pixels_of([shown], torch.device("cpu"))[0])[0]
-        with self.autocast():
+        with autocast(self.device, self.dtype):
             return sample.generate(models, shown.caption, **settings)
 
     def weights(self) -> dict[str, Tensor]:
         """What learnt of the transformer; it may be cut over ranks."""
         weights = self.dit.state_dict()
         if self.config.lora_rank:
-            weights = {name: weight for name, weight in weights.items() if ".lora_" in name}
+            return {name: weight for name, weight in weights.items() if ".lora_" in name}
         return weights
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:

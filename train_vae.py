@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from data import Batch, Micro, Plan, Sample, pixels_of
 from media import to_uint8
 from presets import Config, Phase
-from runtime import generator
+from runtime import autocast
 from vae import VideoVAE
 
 
@@ -71,8 +71,8 @@ class Reconstruction:
     def losses(self, batch: Batch, micro: Micro) -> Tensor:
         """Reconstruction, decoded in Fun's chunks, + KL a latent number + EQ: b."""
         pixels = batch["pixels"]
-        draws = generator(self.config.seed, micro.epoch, micro.number, "noise", device=self.device)
-        with self.autocast():
+        draws = micro.draws(self.config.seed, self.device)
+        with autocast(self.device, self.dtype):
             mean, logvar = (moment.float() for moment in self.vae.moments(pixels))
             noise = torch.randn(mean.shape, generator=draws, device=self.device)
             latents = self.vae.posterior(mean, logvar, noise)
@@ -81,22 +81,19 @@ class Reconstruction:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
         loss = reconstruction_losses(reconstructed, pixels) + self.config.kl_weight * kl
         if self.config.equivariance and micro.number % 2:  # every other one, as it costs a decoding more
-            with self.autocast():
+            with autocast(self.device, self.dtype):
                 smaller = self.vae.decode(halved(latents))
             loss = loss + self.config.equivariance * reconstruction_losses(smaller, halved(pixels))
         return loss
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
-        with self.autocast():
+        with autocast(self.device, self.dtype):
             return self.vae.encode(pixels).float()
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
-        with self.autocast():
+        with autocast(self.device, self.dtype):
             return self.vae.decode(self.latents(pixels)).float().clamp(-1, 1)
 
     def validate(self, held_out: list[tuple[Batch, Micro]]) -> dict[str, float]:

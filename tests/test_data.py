@@ -113,7 +113,7 @@ def test_with_only_full_micro_batches_each_bucket_has_one_size_and_no_sample_is_
 @pytest.mark.parametrize("num_draws", [1, 3])
 def test_what_a_cache_is_asked_for_is_all_that_the_steps_need(only_full, num_draws):
     epochs = data.Epochs(mixed_records(), mixed_plan(), 3, num_draws, only_full)
-    everything = {place for draw in range(num_draws) for place in places(epochs._micros(draw, draw, False))}
+    everything = {place for draw in range(num_draws) for place in places(epochs.micros(draw, True))}
     for epoch, number, num_steps in [(0, 0, 1), (0, 0, 5), (1, 3, 6), (4, 2, 11), (2, 1, 40), (0, 0, 200)]:
         steps = epochs.steps(epoch, number, size=2)
         needed = places(micro for _ in range(num_steps) for micro in next(steps))

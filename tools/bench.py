@@ -33,6 +33,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from runtime import autocast  # noqa: E402
 from text_encoder import T5Config, T5Encoder  # noqa: E402
 from transformer import CHECKPOINTING, TransformerConfig, VideoTransformer  # noqa: E402
 from vae import VAEConfig, VideoVAE  # noqa: E402
@@ -49,8 +50,7 @@ def as_text(clip: Clip) -> str:
 
 
 def as_clip(text: str) -> Clip:
-    height, width, num_frames = map(int, text.split("x"))
-    return height, width, num_frames
+    return tuple(map(int, text.split("x")))
 
 
 @dataclass(frozen=True)
@@ -174,15 +174,13 @@ def vae_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
     vaes = variants(ours, ways)
     for clip in sizes.vae_clips:
         height, width, f = clip
-        draw = torch.Generator().manual_seed(1)
-        squares = torch.rand(1, 3, f, height // 8, width // 8, generator=draw)  # 8x8 pixels, of all colours
+        squares = torch.rand(1, 3, f, height // 8, width // 8, **where)  # 8x8 pixels, of all colours
         pixels = 2 * squares.repeat_interleave(8, 3).repeat_interleave(8, 4) - 1
-        latents = torch.randn(1, 16, 1 + f // 4, height // 8, width // 8, generator=draw)
-        for work, x in ((encode, pixels.to(**where)), (decode, latents.to(**where))):
+        latents = torch.randn(1, 16, 1 + f // 4, height // 8, width // 8, **where)
+        for work, x in ((encode, pixels), (decode, latents)):
             runs = {way: partial(work, vae, x) for way, vae in vaes.items()}
             halves = [vae.encoder if work is encode else vae.decoder for vae in vaes.values()]
-            name = f"VAE {work.__name__} {as_text(clip)}"
-            yield Case(name, runs, halves, bytes_of(ours.parameters()))
+            yield Case(f"VAE {work.__name__} {as_text(clip)}", runs, halves, bytes_of(ours.parameters()))
 
 
 def forward(dit: nn.Module, noisy: Tensor, text: Tensor, t: Tensor) -> Tensor:
@@ -230,10 +228,9 @@ def dit_flops(config: TransformerConfig, num_tokens: int) -> float:
 def dit_inputs(config: TransformerConfig, clip: Clip, where: dict) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents of one clip, the texts of both halves of guidance, and a timestep."""
     height, width, f = clip
-    draw = torch.Generator().manual_seed(2)
-    noisy = torch.randn(1, 16, 1 + f // 4, height // 8, width // 8, generator=draw)
-    text = torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=draw)
-    return noisy.to(**where), text.to(**where), torch.tensor([500], device=where["device"])
+    noisy = torch.randn(1, 16, 1 + f // 4, height // 8, width // 8, **where)
+    text = torch.randn(2, config.max_text_seq_length, config.text_embed_dim, **where)
+    return noisy, text, torch.tensor([500], device=where["device"])
 
 
 def at_native_size(sizes: Sizes) -> Iterator[tuple[str, TransformerConfig, Clip]]:
@@ -262,7 +259,7 @@ def embed(t5: nn.Module, ids: Tensor) -> Tensor:
 
 def t5_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]:
     ours = make(T5Encoder, sizes.t5, **where)
-    ids = torch.randint(3, 1000, (2, 226), generator=torch.Generator().manual_seed(3)).to(where["device"])
+    ids = torch.randint(3, 1000, (2, 226), device=where["device"])
     runs = {way: partial(embed, t5, ids) for way, t5 in variants(ours, ways).items()}
     yield Case("T5, two prompts", runs, resident=bytes_of(ours.parameters()))
 
@@ -278,17 +275,16 @@ def sampling_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Case]
     """50 guided steps from a prompt to latents, with the tokenizer and scheduler of a small model."""
     import sample
 
-    for label, config, (height, width, f) in at_native_size(sizes):
+    for label, config, clip in at_native_size(sizes):
         models = sample.load_models(ROOT / "tests" / "goldens" / "cogvideox-2b-t2v", **where)
         models.config = config
         dit = make(VideoTransformer, config, **where)
         t5 = make(T5Encoder, T5Config(1200, config.text_embed_dim, d_ff=256, num_layers=1), **where)
         models.loaded = {"transformer": dit, "text_encoder": t5}
-        same = {"height": height, "width": width, "num_frames": f, "seed": 0, "output": "latents"}
-        runs = {}
-        for way, settings in SAMPLING.items():
-            runs[way] = partial(sample.generate, models, "a panda plays a guitar", **same, **settings)
-        name = f"{label} 50 steps {as_text((height, width, f))}"
+        size = dict(zip(("height", "width", "num_frames"), clip))
+        run = partial(sample.generate, models, "a panda plays a guitar", seed=0, output="latents", **size)
+        runs = {way: partial(run, **settings) for way, settings in SAMPLING.items()}
+        name = f"{label} 50 steps {as_text(clip)}"
         yield Case(name, runs, list(dit.transformer_blocks), bytes_of(dit.parameters()), is_exact=False)
 
 
@@ -296,25 +292,20 @@ def learner(config: TransformerConfig, rank: int, where: dict) -> tuple[VideoTra
     """A transformer and what learns of it, in float32: LoRA of a rank beside frozen weights; 0 is all."""
     from lora import add_lora
 
-    if rank:
-        dit = make(VideoTransformer, config, **where)
-        learnt = add_lora(dit, rank)
-    else:
-        dit = make(VideoTransformer, config, torch.float32, where["device"]).requires_grad_(True)
-        learnt = list(dit.parameters())
+    dit = make(VideoTransformer, config, **where)
+    learnt = add_lora(dit, rank) if rank else list(dit.requires_grad_(True).parameters())
     for parameter in learnt:
         parameter.data = parameter.data.float()
     return dit, learnt
 
 
 def learn(
-    dit: VideoTransformer, optimizer: torch.optim.Optimizer, inputs: tuple, how: str, where: dict
+    dit: VideoTransformer, optimizer: torch.optim.Optimizer, inputs: tuple, how: str | None, where: dict
 ) -> Tensor:
-    """One step as train.py takes it, from cached latents and text."""
-    dit.activation_checkpointing = None if how == "none" else how
-    dtype = where["dtype"]
+    """One step as train.py takes it, from cached latents and text; how: activations are checkpointed"""
+    dit.activation_checkpointing = how
     try:
-        with torch.enable_grad(), torch.autocast(where["device"].type, dtype, enabled=dtype != torch.float32):
+        with torch.enable_grad(), autocast(**where):
             loss = dit(*inputs).float().square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
@@ -331,11 +322,11 @@ def finetuning_cases(sizes: Sizes, ways: list[str], where: dict) -> Iterator[Cas
         optimizer = torch.optim.AdamW(learnt, fused=True)
         resident = bytes_of(dit.parameters()) + 2 * bytes_of(learnt)  # AdamW's two moments
         what = f"LoRA of rank {rank}" if rank else "all weights"
-        for clip, how in itertools.product(sizes.dit_clips, ("none", *CHECKPOINTING)):
+        for clip, how in itertools.product(sizes.dit_clips, (None, *CHECKPOINTING)):
             noisy, text, t = dit_inputs(config, clip, where | {"dtype": torch.float32})
             condition = torch.cat([noisy, noisy[:, :1]], dim=1)
             runs = {"ours": partial(learn, dit, optimizer, (noisy, t, text[:1], condition), how, where)}
-            name = f"{label} {what} {as_text(clip)}, checkpointing {how}"
+            name = f"{label} {what} {as_text(clip)}, checkpointing {how or 'none'}"
             yield Case(name, runs, list(dit.transformer_blocks), resident)
 
 
@@ -382,23 +373,23 @@ def compile_parts(case: Case) -> Case:
 def measure(case: Case, rounds: int, device: torch.device) -> dict[str, dict]:
     """way -> peak bytes (of a GPU), difference, seconds and ratio; of one that fails, why."""
     found = {}
-    first = None
+    times = {}
     gc.collect()  # networks of earlier work
     for way, run in case.ways.items():
+        before = torch.cuda.memory_allocated()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
-            before = torch.cuda.memory_allocated()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             result = run()
         except RuntimeError as error:  # out of memory; or torch.compile cannot
             say(f"{case.name}, {way}: {str(error)[:2000]}")
             found[way] = {"failure": type(error).__name__}
             continue
-        first = result if first is None else first
-        found[way] = {"difference": difference(result, first), "peak": 0}
-        if device.type == "cuda":
-            found[way]["peak"] = torch.cuda.max_memory_allocated() - before + case.resident
-    times = {way: [] for way in found if "failure" not in found[way]}
+        if not times:
+            first = result
+        times[way] = []
+        peak = torch.cuda.max_memory_allocated() - before + case.resident if device.type == "cuda" else 0
+        found[way] = {"difference": difference(result, first), "peak": peak}
     for i in range(rounds):
         for way in list(times)[:: 1 if i % 2 else -1]:
             times[way].append(seconds(case.ways[way], device))
@@ -423,18 +414,18 @@ def print_row(cells: list[str]) -> None:
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def print_case(case: Case, found: dict[str, dict], rate: float) -> None:
-    for way, numbers in found.items():
-        if "failure" in numbers:
-            print_row([case.name, way, numbers["failure"], "", "", "", ""])
-            continue
-        flops = case.flops / numbers["seconds"]
-        speed = f"{flops / 1e12:.3g}" if flops else ""
-        if flops and rate:
-            speed += f" ({flops / rate:.0%} of a matrix product)"
-        peak = f"{numbers['peak'] / 2**30:.2f}" if numbers["peak"] else ""
-        cells = [f"{numbers['seconds']:.3g}", f"{numbers['ratio']:.2f}", peak, f"{numbers['difference']:.0e}"]
-        print_row([case.name, way, *cells, speed])
+def print_way(case: Case, way: str, numbers: dict, rate: float) -> None:
+    """rate: of a matrix product, FLOP/s"""
+    if "failure" in numbers:
+        print_row([case.name, way, numbers["failure"], "", "", "", ""])
+        return
+    flops = case.flops / numbers["seconds"]
+    speed = f"{flops / 1e12:.3g}" if flops else ""
+    if flops and rate:
+        speed += f" ({flops / rate:.0%} of a matrix product)"
+    peak = f"{numbers['peak'] / 2**30:.2f}" if numbers["peak"] else ""
+    cells = [f"{numbers['seconds']:.3g}", f"{numbers['ratio']:.2f}", peak, f"{numbers['difference']:.0e}"]
+    print_row([case.name, way, *cells, speed])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -467,11 +458,11 @@ def main(argv: list[str] | None = None) -> int:
         sizes = replace(sizes, dits={label: sizes.dits[label] for label in args.models})
     if args.clips:
         sizes = replace(sizes, vae_clips=args.clips, dit_clips=args.clips)
-    is_gpu = device.type == "cuda"
-    machine = torch.cuda.get_device_name() if is_gpu else f"{platform.machine()}, {args.threads} threads"
+    machine, rate = f"{platform.machine()}, {args.threads} threads", 0.0
+    if device.type == "cuda":
+        machine, rate = torch.cuda.get_device_name(), matrix_rate(**where)
     command = " ".join(sys.argv[1:] if argv is None else argv)
     print(f"{datetime.date.today()}, {machine}, torch {torch.__version__}, python tools/bench.py {command}\n")
-    rate = matrix_rate(**where) if is_gpu else 0.0
     print_row(HEAD)
     print_row(["---"] * len(HEAD))
     all_agree = True
@@ -481,9 +472,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             if args.compile and case.compiled:
                 case = compile_parts(case)
-            found = measure(case, args.rounds, device)
-            print_case(case, found, rate)
-            for way, numbers in found.items():
+            for way, numbers in measure(case, args.rounds, device).items():
+                print_way(case, way, numbers, rate)
                 is_close = numbers.get("difference", 0.0) <= TOLERANCE[args.dtype]  # false of NaN
                 if case.is_exact and not is_close:
                     say(f"{case.name}, {way}: TOO LARGE a difference")

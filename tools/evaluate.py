@@ -112,15 +112,17 @@ def within_mask(models: sample.Models, scene: Scene) -> dict:
 
 def recolored(models: sample.Models, scene: Scene, strength: float) -> dict:
     """The prompt names another colour; every centre must stay within a tenth of the side."""
-    dice, true = random.Random(str(scene)), drawn(scene)
-    color = dice.choice([c for c in shapes.COLORS if c != scene.color])
+    true = drawn(scene)
+    others = [color for color in shapes.COLORS if color != scene.color]
+    color = random.Random(str(scene)).choice(others)
     prompt = scene.caption().replace(scene.color, color, 1)
     frames = make(models, scene, prompt, video=true, strength=strength)
     verdict = {"color": False, "path": False} | judge(frames, scene, ())
-    if (found := read_attributes(frames)) is not None:
+    found = read_attributes(frames)
+    if found:
         verdict["color"] = found["color"] == color
-        far = (shapes.path(frames) - shapes.path(true)).norm(dim=1).max().item()
-        verdict["path"] = far <= 0.1
+        far = (shapes.path(frames) - shapes.path(true)).norm(dim=1).max()
+        verdict["path"] = far.item() <= 0.1
     return verdict | {"all": verdict["color"] and verdict["path"]}
 
 
@@ -216,6 +218,7 @@ def summarize(entries: list[dict]) -> dict[str, dict]:
 
 
 COLUMNS = ["all", "color", "shape", "motion", "background", "path", "fit", "worst_fit", "psnr"]
+FORMATS = {"fit": "{:.3f}", "worst_fit": "{:.3f}", "psnr": "{:.1f} dB"}  # the others are shares
 
 
 def table(summary: dict[str, dict]) -> Iterator[str]:
@@ -224,9 +227,8 @@ def table(summary: dict[str, dict]) -> Iterator[str]:
     for task, measures in summary.items():
         cells = []
         for name in COLUMNS:
-            value = measures.get(name, [None])[0]
-            form = "{:.3f}" if "fit" in name else "{:.1f} dB" if name == "psnr" else "{:.0%}"
-            cells.append("" if value is None else form.format(value))
+            form = FORMATS.get(name, "{:.0%}")
+            cells.append(form.format(measures[name][0]) if name in measures else "")
         yield f"| {task} | {measures['clips']} | " + " | ".join(cells) + " |"
 
 
