@@ -91,7 +91,7 @@ def read_image(source: Picture, background: int = WHITE) -> np.ndarray:
     raises OSError if the file is missing, ValueError if it is damaged, a clip, or does not say what is white
     """
     if not isinstance(source, (str, Path)):
-        picture = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
+        picture = source if isinstance(source, Image.Image) else _from_array(np.asarray(source))
         return _to_rgb(picture, "the picture", background)
     must_exist(source)
     if is_clip(source):
@@ -103,6 +103,12 @@ def read_image(source: Picture, background: int = WHITE) -> np.ndarray:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{source} is damaged or no picture ({reason}); give a .png or .jpg") from None
     return _to_rgb(picture, source, background)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[-1] in (3, 4)):
+        raise ValueError(f"a picture is uint8 h w, h w 3 or h w 4, not {array.dtype} {list(array.shape)}")
+    return Image.fromarray(array)
 
 
 def _to_rgb(picture: Image.Image, name: object, background: int) -> np.ndarray:
@@ -381,7 +387,10 @@ def read_video(
     raises OSError if the file is missing, ValueError if it is damaged, a picture, or over before `start`
     """
     if not isinstance(source, (str, Path)):
-        return np.asarray(source)[:num_frames]
+        frames = np.asarray(source)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
+            raise ValueError(f"a clip is uint8 f h w 3, not {frames.dtype} {list(frames.shape)}")
+        return frames[:num_frames]
     frames: list[np.ndarray] = []
     for shown in shown_frames(source, start, background):
         if fps is None:
@@ -423,7 +432,7 @@ def read_mask(source: Picture, num_frames: int, height: int, width: int, fps: fl
     if 1 < len(frames) < num_frames:
         name = source if isinstance(source, (str, Path)) else "the mask"
         raise ValueError(f"{name} has {len(frames)} frames, the clip {num_frames}; give a picture or as many")
-    grey = [np.asarray(Image.fromarray(frame).convert("L")) for frame in frames[:num_frames]]
+    grey = [np.asarray(_from_array(frame).convert("L")) for frame in frames[:num_frames]]
     white = torch.from_numpy(np.stack([resize(frame, height, width) >= 240 for frame in grey]))
     return white.expand(num_frames, -1, -1)
 
@@ -468,7 +477,7 @@ def write_video(frames: np.ndarray | Tensor | Iterable[np.ndarray], path: str | 
     if isinstance(frames, (np.ndarray, Tensor)):
         frames = [np.asarray(frames)]
     chunks = iter(frames)
-    first = next(chunks)  # what fails before there is a frame is not a failure of writing
+    first = next(chunks)  # what fails before there is a frame is no failure of writing
     try:
         with atomic_write(path) as temporary:
             write(temporary, first, chunks, fps)

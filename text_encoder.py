@@ -205,6 +205,8 @@ class Tokenizer:
             raise ValueError(f"{path} is no tokenizer ({error!s:.200}); download it again") from None
         unigram.no_padding()
         unigram.no_truncation()  # both are done here, whatever the file asks for
+        if not {PAD, END} <= unigram.get_vocab().keys():
+            raise ValueError(f"{path} lacks {PAD} or {END}; a T5 tokenizer is needed")
         return cls(unigram)
 
     @classmethod

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from test_data import record
-from test_media import CASES, colourful, damage, encode
+from test_media import CASES, colourful, encode
 
 import check_data
 import data
@@ -15,6 +15,13 @@ import media
 from runtime import generator
 
 SMALL = ("--resolutions", 32, 48, "--max-tokens", 24, "--num-frames", 9)
+
+
+def damage(path: Path, begin: float, end: float) -> None:
+    content = bytearray(path.read_bytes())
+    begin, end = int(begin * len(content)), int(end * len(content))
+    content[begin:end] = np.random.default_rng(0).bytes(end - begin)
+    path.write_bytes(content)
 
 
 def check(capsys, metadata: Path, *argv: object) -> tuple[int, str]:

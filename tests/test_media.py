@@ -16,16 +16,19 @@ ASSETS = GOLDENS / "fun-2b-inp" / "assets"
 CASES = Path(__file__).parent / "cases"
 
 
-def encode(path: Path, num_frames=30, fps=30, stamps=None, gop=12, codec="libx264", aspect=1) -> Path:
-    """A clip whose frame i is grey i * 8."""
+def encode(
+    path: Path, num_frames=30, fps=30, height=32, width=48, stamps=None, gop=12, codec="libx264", aspect=1
+) -> Path:
+    """A clip whose frame i is grey i * 8, top left quarter white."""
     with av.open(path, "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
         stream = container.add_stream(codec, rate=fps, options={"g": str(gop), "b": "4M"})
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.sample_aspect_ratio = media.Fraction(aspect)
         tick = media.Fraction(1, 600 if stamps else fps)
         stream.codec_context.time_base = tick
         for i in range(num_frames):
-            picture = np.full((32, 48, 3), i * 8 % 240, np.uint8)
+            picture = np.full((height, width, 3), i * 8 % 240, np.uint8)
+            picture[: height // 2, : width // 2] = 255
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = stamps[i] if stamps else i, tick
             container.mux(stream.encode(frame))
