@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import card
+import evaluate
 import numpy as np
 
 import long_video
@@ -20,6 +22,13 @@ def test_it_is_small_and_says_where_it_comes_from():
     origin = json.loads((TINY / "training.json").read_text())
     assert {"commit", "commands", "seed", "machine", "evaluation"} <= origin.keys()
     assert ("red", "circle", "moves left", "black") in HELD_OUT
+
+
+def test_its_card_states_its_sizes_and_what_was_measured():
+    written = (TINY / "README.md").read_text(encoding="utf-8")
+    measured = json.loads((TINY / "training.json").read_text())["evaluation"]
+    assert card.filled(written, "parts", card.parts(TINY)) == written
+    assert card.filled(written, "numbers", list(evaluate.table(measured))) == written
 
 
 def test_the_default_model_shows_the_color_and_ground_asked_for(tmp_path):
