@@ -55,7 +55,7 @@ def _note(path: object, text: str) -> None:
 
 def must_exist(path: str | Path) -> None:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path or 'an empty name'} does not exist as a file; give one that does")
+        raise FileNotFoundError(f"{path or 'an empty name'} does not exist as a file; is the path right?")
 
 
 # ---------------------------------------------------------------- pictures
@@ -95,7 +95,7 @@ def read_image(source: Picture, background: int = WHITE) -> np.ndarray:
         return _to_rgb(picture, "the picture", background)
     must_exist(source)
     if is_clip(source):
-        raise ValueError(f"{source} is a clip or no picture; give a .png or .jpg, of its first frame say")
+        raise ValueError(f"{source} is a clip or no picture; give a .png or .jpg, its first frame say")
     try:
         with _open_picture(source) as picture:
             picture.load()

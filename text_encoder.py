@@ -235,7 +235,7 @@ class Tokenizer:
         for text in texts:
             row = self.encode(text)[: max_length - 1] + [self.end]
             rows.append(row + [self.pad] * (max_length - len(row)))
-        return torch.tensor(rows)
+        return torch.tensor(rows, dtype=torch.long).reshape(-1, max_length)  # also of no prompt
 
     def encode(self, text: str) -> list[int]:
         """Ids of one prompt, without </s> and padding; ValueError if it is no valid Unicode."""

@@ -25,7 +25,7 @@ def damage(path: Path, begin: float, end: float) -> None:
 
 
 def check(capsys, metadata: Path, *argv: object) -> tuple[int, str]:
-    """(exit status, stdout) of python data.py check …"""
+    """(exit status, stdout) of python check_data.py …"""
     status = check_data.main([*map(str, (metadata, *SMALL, *argv))])
     return status, capsys.readouterr().out
 
