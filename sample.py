@@ -93,7 +93,7 @@ def encode_known(
         elif models.kind == "image":  # the start, zeros, and the end where there is one
             condition = torch.zeros(1, c, f, h, w)
             for place, picture in zip((0, f - 1), pixels.split(1, dim=2)):
-                latents = vae.encode_first_picture(picture, randn((1, c, 1, h, w)))
+                latents = vae.encode_first_picture(picture, randn((1, c, 1, h, w)), request.tiled)
                 condition[:, :, place : place + 1] = latents.float()
         if request.strength < 1 and request.latents is None:
             mean, logvar = vae.moments(pixels, tiled=request.tiled)

@@ -331,11 +331,11 @@ def run_tiles(
         yield from run_chunks(network, x, chunks)
         return
     grid = []
-    for top in range(0, height, int(size[0] * (1 - 1 / 6))):
+    for top in range(0, height, size[0] - size[0] // 6):
         strip = x[:, :, :, top : top + size[0]]
-        lefts = range(0, width, int(size[1] * (1 - 1 / 5)))
+        lefts = range(0, width, size[1] - size[1] // 5)
         grid.append([run_chunks(network, strip[..., left : left + size[1]], chunks) for left in lefts])
-    overlap = int(out[0] * (1 / 6)), int(out[1] * (1 / 5))
+    overlap = out[0] // 6, out[1] // 5
     for _ in chunks:
         rows = [[next(tile) for tile in row] for row in grid]
         yield join_tiles(rows, overlap, keep=(out[0] - overlap[0], out[1] - overlap[1]))
@@ -414,8 +414,13 @@ class VideoVAE(nn.Module):
         return self.encoder.conv_in.conv.weight.device
 
     def _tile_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Height and width of a tile, in pixels and in latents."""
-        height, width = self.config.sample_height // 2, self.config.sample_width // 2
+        """Height and width of a tile, in pixels and in latents.
+
+        Half the sample size, down to a multiple of 48×40, which it is in official files: a sixth and a fifth
+        of it are whole latents. Of other sizes the reference's tiles do not meet.
+        """
+        height = 48 * max(self.config.sample_height // 96, 1)
+        width = 40 * max(self.config.sample_width // 80, 1)
         return (height, width), (height // 8, width // 8)
 
     def moments(self, pixels: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor]:
@@ -454,9 +459,9 @@ class VideoVAE(nn.Module):
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
         return self.posterior(mean, logvar, noise)
 
-    def encode_first_picture(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode_first_picture(self, pixels: Tensor, noise: Tensor, tiled: bool = False) -> Tensor:
         """`sample_first_picture` of pixels b 3 1 h w in [-1, 1]; noise: b 16 1 h' w' -> b 16 1 h' w'."""
-        mean, logvar = self.moments(pixels)
+        mean, logvar = self.moments(pixels, tiled)
         return sample_first_picture(mean, logvar, noise, self.config)
 
     def decode(self, latents: Tensor, tiled: bool = False, first_alone: bool = True) -> Tensor:
