@@ -6,16 +6,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import GOLDENS
 from test_train import INPAINT, task_for
 
+import presets
+import sizes
 import train
 from memory import describe, step_bytes
 from optim import Optim
+from sample import estimate_bytes
 from transformer import TransformerConfig, VideoTransformer
+from vae import VAEConfig, VideoVAE
 
 ROOT = Path(train.__file__).parent
 LARGE = TransformerConfig(
@@ -79,3 +84,31 @@ def test_a_run_for_which_there_is_no_room_says_so_before_it_begins(monkeypatch):
     monkeypatch.setattr("memory.free_bytes", lambda _: 1000)
     assert "more than is free" in describe(task.dit, models, task.config, phases, False)
     assert "all but the last in the host's memory" in describe(task.dit, models, task.config, phases, True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dit", "clip", "gib"),
+    [
+        ("denoise", TransformerConfig(), (49, 480, 720), 3.99),
+        ("denoise", presets.FUN_5B.dit, (49, 480, 720), 11.51),
+        ("encode", TransformerConfig(), (49, 480, 720), 5.07),
+        ("encode", TransformerConfig(), (49, 1024, 1024), 14.55),
+        ("decode", TransformerConfig(), (49, 480, 720), 7.55),
+        ("decode", TransformerConfig(), (49, 1024, 1024), 22.09),
+    ],
+)
+def test_the_estimate_of_sampling_is_within_a_quarter_of_what_an_h200_took(stage, dit, clip, gib):
+    """The rows of docs/speed.md; weights of the real sizes, which are only counted here."""
+    with torch.device("meta"):
+        networks = {"transformer": VideoTransformer(dit), "vae": VideoVAE(VAEConfig())}
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
+    models = SimpleNamespace(
+        config=dit,
+        vae_config=VAEConfig(),
+        dtype=torch.bfloat16,
+        num_parameters=counts | {"text_encoder": 0},
+        low_memory=False,
+        keep=False,
+    )
+    latents = (1, 16, *sizes.latent_grid(*clip))
+    assert estimate_bytes(models, latents)[stage] / 2**30 == pytest.approx(gib, rel=0.25)
