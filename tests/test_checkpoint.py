@@ -142,6 +142,7 @@ def test_a_config_takes_ints_for_floats_null_for_optional_and_keeps_the_unknown(
         (VideoTransformer, "transformer/config.json", {"flip_sin_to_cos": False}),
         (VideoVAE, "vae/config.json", {"act_fn": "gelu"}),
         (VideoVAE, "vae/config.json", {"temporal_compression_ratio": 8}),
+        (VideoVAE, "vae/config.json", {"use_quant_conv": True}),
         (T5Encoder, "text_encoder/config.json", {"feed_forward_proj": "relu"}),
         (Schedule, "scheduler/scheduler_config.json", {"prediction_type": "epsilon"}),
         (Schedule, "scheduler/scheduler_config.json", {"timestep_spacing": "leading"}),
