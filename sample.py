@@ -270,9 +270,10 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     num_decoded = decoded_frames(latent_frames(known.num_frames), models.first_alone)
     if num_decoded != known.num_frames:
         notes.append(f"an even number of latent frames: this model decodes {num_decoded} frames")
-    for name, component in (("transformer", config), ("vae", models.vae_config)):
+    read = {"transformer": config, "vae": models.vae_config, "scheduler": models.schedule.config}
+    for name, component in read.items():
         if unknown := unknown_keys(component):
-            notes.append(f"{name}/config.json has keys we do not know: {', '.join(unknown)}")
+            notes.append(f"the config of {name}/ has keys we do not know: {', '.join(unknown)}")
     if (models.model_dir / LORA).is_file() and not models.loras:
         notes.append(f"{LORA} of this folder is not used; add --lora {models.model_dir}")
     lines = [
