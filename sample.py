@@ -299,7 +299,7 @@ def prompt_notes(models: Models, requests: list[Request]) -> list[str]:
     if requests[0].negative_prompt and requests[0].guidance_scale <= 1:
         notes.append("without guidance the negative prompt is not used; give --guidance-scale above 1")
     tokenizer = models.tokenizer
-    for prompt in dict.fromkeys(request.prompt for request in requests):
+    for prompt in dict.fromkeys(text for request in requests for text in request.texts):
         if len(tokenizer.encode(prompt)) >= models.config.max_text_seq_length:  # one place is for </s>
             notes.append(f"{prompt:.40}… is cut to {models.config.max_text_seq_length} tokens")
         if unknown := tokenizer.unknown_words(prompt):
