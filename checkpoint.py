@@ -31,14 +31,11 @@ from runtime import atomic_write, sync
 
 # ---------------------------------------------------------------- JSON and configs
 
-HARMLESS = set(  # keys of official files that change no number here, or that we write ourselves
-    """architectures classifier_dropout decoder_start_token_id dropout_rate dtype torch_dtype
-    eos_token_id initializer_factor is_decoder is_encoder_decoder is_gated_act model_type n_positions
-    num_decoder_layers output_past pad_token_id scale_decoder_outputs task_specific_params tie_word_embeddings
-    transformers_version use_cache
-    down_block_types up_block_types force_upcast latents_mean latents_std shift_factor sample_size
+HARMLESS = set(  # keys that change no number here, that a config class checks, or that we write ourselves
+    """down_block_types up_block_types force_upcast latents_mean latents_std shift_factor sample_size
     mid_block_add_attention
     clip_sample_range sample_max_value steps_offset dynamic_thresholding_ratio variance_type
+    thresholding use_karras_sigmas algorithm_type solver_order
     guidance_scale position""".split()
 )
 
@@ -256,15 +253,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
             raise OSError(f"cannot write {path} ({error}); is the disk full?") from None
 
 
-def save_weights(
-    state: dict[str, Tensor], folder: Path, stem: str, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write `folder/stem.safetensors`, or shards and an index when it would pass `max_shard_bytes`."""
+def save_weights(state: dict[str, Tensor], folder: Path, stem: str) -> None:
+    """Write `folder/stem.safetensors`, or shards and an index when it would pass MAX_SHARD_BYTES."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][key] = tensor.detach().to("cpu").contiguous()
@@ -289,7 +284,6 @@ def save_component(
     module: nn.Module,
     folder: Path,
     stem: str = "diffusion_pytorch_model",
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     state: dict[str, Tensor] | None = None,
     **stamps,
 ) -> None:
@@ -299,7 +293,7 @@ def save_component(
     state: weights in place of the module's state_dict()
     stamps: config keys that say whose class it is, such as _class_name
     """
-    save_weights(state or module.state_dict(), folder, stem, max_shard_bytes)
+    save_weights(state or module.state_dict(), folder, stem)
     write_config(module.config, folder / "config.json", **stamps)
 
 

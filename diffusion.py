@@ -180,15 +180,6 @@ def guide(velocity_uncond: Tensor, velocity_text: Tensor, scale: float) -> Tenso
     return velocity_uncond.float() + scale * (velocity_text.float() - velocity_uncond.float())
 
 
-def dynamic_guidance_scale(guidance_scale: float, t: int, num_steps: int) -> float:
-    """1 + g·(1 − cos(π·((N − t)/N)⁵))/2 with N = num_steps, after strength has cut them.
-
-    The formula is a ramp over step numbers, but the reference puts the timestep 0 … 999 into it, so the scale
-    jumps about between 1 and 1 + g. We keep its numbers.
-    """
-    return 1 + guidance_scale * (1 - math.cos(math.pi * ((num_steps - t) / num_steps) ** 5)) / 2
-
-
 def guidance_at(
     t: int,
     guidance_scale: float,
@@ -198,13 +189,15 @@ def guidance_at(
 ) -> float:
     """The scale of one step. At 1.0 the text alone decides: skip the unconditional forward.
 
-    num_steps: the steps really taken, for the dynamic scale
+    num_steps: N, the steps really taken
+    dynamic: 1 + g·(1 − cos(π·((N − t)/N)⁵))/2. The formula is a ramp over step numbers, but the reference
+        puts the timestep 0 … 999 into it, so the scale jumps about between 1 and 1 + g. We keep its numbers.
     interval: lowest and highest timestep that is guided (Kynkäänniemi et al. 2024, arXiv 2404.07724, eq. 5)
     """
     if guidance_scale <= 1 or not interval[0] <= t <= interval[1]:
         return 1.0
     if dynamic:
-        return dynamic_guidance_scale(guidance_scale, t, num_steps)
+        return 1 + guidance_scale * (1 - math.cos(math.pi * ((num_steps - t) / num_steps) ** 5)) / 2
     return guidance_scale
 
 

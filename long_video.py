@@ -57,7 +57,7 @@ def generate_long(
     saved: the video's path; the latents of segment i are kept beside it as …-segment-i.safetensors, and those
         that are there already are not sampled again
     """
-    length = native_size(models.config)[2]
+    length = min(native_size(models.config)[2], num_frames)
     for name in ("video", "mask", "control_video", "latents"):
         if settings.get(name) is not None:
             raise ValueError(f"num_frames={num_frames} is made in segments of {length} and takes no {name}; "

@@ -162,11 +162,15 @@ def read_inputs(request: Request, config: TransformerConfig) -> Known:
     pictures = [read_image(image) for image in request.images]
     if request.end_image is not None:
         pictures.append(read_image(request.end_image))
-    sources = pictures if clip is None else clip
-    source_size = sources[0].shape[:2] if len(sources) else None
-    height, width = kinds.choose_size(config, request.height, request.width, source_size)
-    if source_size not in (None, (height, width)) and not (request.height and request.width):
-        notes.append(f"the input of {source_size[1]}x{source_size[0]} is made at {width}x{height}")
+    if len(pictures) > num_frames:
+        raise ValueError(f"{len(pictures)} pictures are more than num_frames={num_frames}")
+    sources = pictures if clip is None else clip[:1]
+    sizes = [source.shape[:2] for source in sources]
+    first = sizes[0] if sizes else None
+    height, width = kinds.choose_size(config, request.height, request.width, first)
+    for h, w in dict.fromkeys(sizes):
+        if (h, w) != (height, width):  # an end picture may have another aspect than the start
+            notes.append(f"the input of {w}x{h} is made at {width}x{height}")
 
     frames = mask = None
     if clip is not None:
@@ -206,8 +210,6 @@ def place_pictures(pictures: np.ndarray, has_end: bool, num_frames: int) -> tupl
 
     The unknown frames are blacked out later; repeating the start picture there is the reference's way.
     """
-    if len(pictures) > num_frames:
-        raise ValueError(f"{len(pictures)} pictures are more than num_frames={num_frames}")
     places = list(range(len(pictures)))
     if has_end:
         places[-1] = num_frames - 1

@@ -270,9 +270,10 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     num_decoded = decoded_frames(latent_frames(known.num_frames), models.first_alone)
     if num_decoded != known.num_frames:
         notes.append(f"an even number of latent frames: this model decodes {num_decoded} frames")
-    for name, component in (("transformer", config), ("vae", models.vae_config)):
+    read = {"transformer": config, "vae": models.vae_config, "scheduler": models.schedule.config}
+    for name, component in read.items():
         if unknown := unknown_keys(component):
-            notes.append(f"{name}/config.json has keys we do not know: {', '.join(unknown)}")
+            notes.append(f"the config of {name}/ has keys we do not know: {', '.join(unknown)}")
     if (models.model_dir / LORA).is_file() and not models.loras:
         notes.append(f"{LORA} of this folder is not used; add --lora {models.model_dir}")
     lines = [
@@ -298,7 +299,7 @@ def prompt_notes(models: Models, requests: list[Request]) -> list[str]:
     if requests[0].negative_prompt and requests[0].guidance_scale <= 1:
         notes.append("without guidance the negative prompt is not used; give --guidance-scale above 1")
     tokenizer = models.tokenizer
-    for prompt in dict.fromkeys(request.prompt for request in requests):
+    for prompt in dict.fromkeys(text for request in requests for text in request.texts):
         if len(tokenizer.encode(prompt)) >= models.config.max_text_seq_length:  # one place is for </s>
             notes.append(f"{prompt:.40}… is cut to {models.config.max_text_seq_length} tokens")
         if unknown := tokenizer.unknown_words(prompt):

@@ -66,9 +66,11 @@ def test_every_variant_loads_and_saves_back_to_the_same_tensors(variant, tmp_pat
 
 
 @pytest.mark.parametrize("shard_bytes, count", [(10**9, 1), (70, 2)])
-def test_single_and_sharded_weights_load_alike(tmp_path, shard_bytes, count):
+def test_single_and_sharded_weights_load_alike(tmp_path, shard_bytes, count, monkeypatch):
     net = Net(Config())
-    save_component(net, tmp_path, max_shard_bytes=shard_bytes)
+    with monkeypatch.context() as patch:
+        patch.setattr("checkpoint.MAX_SHARD_BYTES", shard_bytes)
+        save_component(net, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == count
     assert same(load_net(tmp_path), net)
     save_component(net, tmp_path)  # saving again with fewer shards leaves none of the old ones behind
@@ -113,8 +115,9 @@ def test_a_truncated_file_is_noticed(tmp_path):
         load_net(tmp_path)
 
 
-def test_shards_of_which_one_or_the_index_lacks_are_refused(tmp_path):
-    save_component(Net(Config()), tmp_path, max_shard_bytes=70)
+def test_shards_of_which_one_or_the_index_lacks_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoint.MAX_SHARD_BYTES", 70)
+    save_component(Net(Config()), tmp_path)
     [index], [_, last] = tmp_path.glob("*.index.json"), sorted(tmp_path.glob("*.safetensors"))
     whole = index.read_text()
     index.unlink()

@@ -146,6 +146,12 @@ def test_frames_that_do_not_fit_are_cut_and_said(capfd):
     assert "7 frames do not fit this model: the first 5 are taken" in capfd.readouterr().out
 
 
+def test_an_end_picture_of_another_shape_is_said_to_change(capfd):
+    Image.new("RGB", (32, 64)).save("tall.png")
+    made("x", image="../media/picture.png", out="a.mp4", height=32, width=48, **{"end-image": "tall.png"})
+    assert capfd.readouterr().out.count("the input of 32x64 is made at 48x32") == 1
+
+
 # ---------------------------------------------------------------- what is said, kept and freed
 
 
