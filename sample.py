@@ -352,8 +352,9 @@ def check_out(target: Path, inputs: list[str | None]) -> None:
     is_file = target.suffix and not target.is_dir()
     if is_file and target.suffix.lower() not in WRITERS:
         raise ValueError(f"--out {target}: files end in {', '.join(WRITERS)}; a folder has no ending")
-    if is_file and target.exists() and any(target.samefile(path) for path in inputs if path):
-        raise ValueError(f"--out {target} is an input, which would be lost; choose another name")
+    for written in (target, target.with_suffix(".safetensors"), target.with_suffix(".json")):
+        if is_file and written.exists() and any(written.samefile(path) for path in inputs if path):
+            raise ValueError(f"--out {target}: {written} is an input, which would be lost; choose another name")
     folder = target.parent if is_file else target
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
@@ -526,6 +527,7 @@ def run(args: argparse.Namespace) -> None:
             say(text)
 
     inputs = [*(args.image or []), args.end_image, args.video, args.mask, args.control_video]
+    inputs += [path for path, _ in map(parse_lora, args.lora or [])]
     check_out(Path(args.out), inputs)
     settings = asked(args)
     settings.pop("seed", None)  # there may be several

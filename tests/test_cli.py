@@ -30,6 +30,7 @@ def empty_folder(tmp_path, monkeypatch):
     Image.new("L", (48, 32), 0).save(tmp_path / "media/black.png")
     write_video(NOISE, tmp_path / "media/clip.mp4")
     write_video(NOISE[:3], tmp_path / "media/short.gif")
+    (tmp_path / "media/fine.safetensors").touch()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -236,6 +237,7 @@ PICTURE, CLIP = ["--image", "../media/picture.png"], ["--video", "../media/clip.
         (INPAINT, [*CLIP, "--mask", "../media/short.gif"], ["short.gif has 3 frames, the clip 13"]),
         (INPAINT, [*CLIP, "--strength", "0.01", "--num-steps", "5"], ["leaves no step", "0.2"]),
         (INPAINT, [*CLIP, "--out", "../media/clip.mp4"], ["clip.mp4 is an input", "another name"]),
+        (INPAINT, ["--lora", "../media/fine.safetensors", "--out", "../media/fine.mp4"], ["is an input"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_in_one_line(model, flags, words, capfd):
