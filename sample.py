@@ -352,9 +352,9 @@ def check_out(target: Path, inputs: list[str | None]) -> None:
     is_file = target.suffix and not target.is_dir()
     if is_file and target.suffix.lower() not in WRITERS:
         raise ValueError(f"--out {target}: files end in {', '.join(WRITERS)}; a folder has no ending")
-    for written in (target, target.with_suffix(".safetensors"), target.with_suffix(".json")):
-        if is_file and written.exists() and any(written.samefile(path) for path in inputs if path):
-            raise ValueError(f"--out {target}: {written} is an input, which would be lost; choose another name")
+    for path in (target, target.with_suffix(".safetensors"), target.with_suffix(".json")):
+        if is_file and path.exists() and any(path.samefile(given) for given in inputs if given):
+            raise ValueError(f"--out {target}: {path} is an input, which would be lost; take another name")
     folder = target.parent if is_file else target
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
