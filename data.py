@@ -451,7 +451,8 @@ class Loader:
         with self.lock:
             if name not in self.failures:
                 self.failures[name] = reason
-                self.say(f"skipped: {reason}" if name in reason else f"skipped: {name}: {reason}")
+                text = f"skipped: {reason}" if name in reason else f"skipped: {name}: {reason}"
+                self.say(text.encode(errors="backslashreplace").decode())  # a file's name may be no Unicode
             if len(self.failures) > self.max_failures:
                 listed = "\n  ".join(self.failures[name] for name in sorted(self.failures))
                 count = f"{len(self.failures)} of {self.num_files}"
