@@ -112,9 +112,9 @@ def agree(value: object) -> object:
     return values[0]
 
 
-def say(text: object) -> None:
-    """Print on rank 0 alone. A file's name may be no Unicode."""
-    if RANK == 0:
+def say(text: object, on_all_ranks: bool = False) -> None:
+    """Print, as a rule on rank 0 alone. A file's name may be no Unicode."""
+    if RANK == 0 or on_all_ranks:
         print(str(text).encode(errors="backslashreplace").decode(), flush=True)
 
 

@@ -82,9 +82,6 @@ def make_component(name: str, config: Config, out: Path) -> None:
         (out / name / "tokenizer_config.json").write_text(json.dumps(notes) + "\n")
 
 
-BEGUN = "checkpoints"  # the first that there is of a run's folder
-
-
 def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch: bool) -> None:
     """OUT as a complete checkpoint before the first step: the folders of --model, what it lacks made anew.
 
@@ -108,7 +105,7 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
     for name in wanted:  # all are looked at before the first is made
         if name not in there and makes[name] is None:
             raise ValueError(f"there is no {name}/ to start from; give a --model that has one")
-    (out / BEGUN).mkdir(parents=True, exist_ok=True)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)  # first, as it tells a run from a model
     for name in checkpoint.COMPONENTS:
         if (out / name).exists():  # of a run that was killed before its first checkpoint
             shutil.rmtree(out / name)
@@ -170,7 +167,8 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
     out, model_dir = options.out, options.model
     newest = checkpoint.newest_checkpoint(out)
     if not newest:
-        if not (out / BEGUN).exists() and any((out / name).exists() for name in checkpoint.COMPONENTS):
+        is_model = any((out / name).exists() for name in checkpoint.COMPONENTS)
+        if is_model and not (out / "checkpoints").exists():
             raise ValueError(f"--out {out} holds a model, which a new run would replace; choose another")
         if model_dir and (model_dir / checkpoint.LORA).is_file():
             raise ValueError(f"{model_dir} is a base model with a LoRA, which would be left out; go on "
