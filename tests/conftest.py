@@ -1,11 +1,15 @@
 """Fixtures shared by the tests: the small goldens in tests/goldens (see the README there)."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+import shapes
+from media import write_video
 
 GOLDENS = Path(__file__).parent / "goldens"
 FUN = ["fun-2b-inp", "fun-5b-inp", "fun-1.5-5b-inp", "fun-2b-control"]
@@ -47,3 +51,17 @@ torch.set_num_threads(1)  # the shapes are tiny: threads would only wait for eac
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder of eight square clips with captions, all of one bucket; controls.json there gives each another
+    one as its control."""
+    folder = tmp_path_factory.mktemp("clips")
+    listed = []
+    for i, clip in enumerate(shapes.records(8, 5, sizes=[(32, 32)])):
+        write_video(clip.read(0, 9), folder / f"{i}.mp4")
+        (folder / f"{i}.txt").write_text(clip.scene.caption())
+        listed.append({"file_path": f"{i}.mp4", "control_file_path": f"{7 - i}.mp4", "text": "a"})
+    (folder / "controls.json").write_text(json.dumps(listed))
+    return folder

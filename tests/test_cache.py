@@ -82,10 +82,17 @@ def micros_of(records: list, num_epochs: int) -> list[Micro]:
 def test_a_full_cache_gives_the_same_run_and_asks_the_networks_for_nothing(
     tmp_path, clips, monkeypatch, capsys, model
 ):
-    """Held-out samples included: neither VAE nor T5 is loaded."""
-    folder = tmp_path / "cache"
+    """Held-out samples included: neither VAE nor T5 is loaded. They are let go before the first step."""
+    folder, losses, loaded = tmp_path / "cache", train_dit.Denoising.losses, []
+
+    def watched(self, batch, micro):
+        loaded.extend(self.models.loaded)
+        return losses(self, batch, micro)
+
+    monkeypatch.setattr(train_dit.Denoising, "losses", watched)
     assert run(tmp_path / "filling", clips, folder, model=model) == 0
     assert "\n4 samples encoded" in capsys.readouterr().out
+    assert not loaded
     before = files(folder)
     for network in (VideoVAE, T5Encoder):
         monkeypatch.setattr(network, "from_pretrained", None)
@@ -95,62 +102,11 @@ def test_a_full_cache_gives_the_same_run_and_asks_the_networks_for_nothing(
     assert before == files(folder)
 
 
-def test_the_networks_are_let_go_before_the_first_step(tmp_path, clips, monkeypatch):
-    losses, loaded = train_dit.Denoising.losses, []
-
-    def watched(self, batch, micro):
-        if micro.epoch != data.VALIDATION:
-            loaded.append(dict(self.models.loaded))
-        return losses(self, batch, micro)
-
-    monkeypatch.setattr(train_dit.Denoising, "losses", watched)
-    assert run(tmp_path / "out", clips, tmp_path / "cache") == 0
-    assert loaded and not any(loaded)
-
-
 def test_a_resumed_run_with_a_cache_ends_with_the_same_bytes(tmp_path, clips):
     assert run(tmp_path / "whole", clips, tmp_path / "cache") == 0
     assert run(tmp_path / "parts", clips, tmp_path / "cache", "--num-steps", 3) == 0
     assert run(tmp_path / "parts", clips, tmp_path / "cache", "--resume") == 0
     assert (tmp_path / "whole" / TRANSFORMER).read_bytes() == (tmp_path / "parts" / TRANSFORMER).read_bytes()
-
-
-def test_an_interrupted_run_keeps_what_it_has_made(tmp_path, clips, monkeypatch):
-    folder = tmp_path / "cache"
-    save, made = cache.save_tensors, []
-
-    def interrupted(*args):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(save(*args))
-
-    monkeypatch.setattr(cache, "save_tensors", interrupted)
-    assert run(tmp_path / "first", clips, folder) == 2
-    monkeypatch.undo()
-    before = files(folder)
-    assert len(before) == 2
-    assert run(tmp_path / "second", clips, folder) == 0
-    after = files(folder)
-    assert len(after) > 2 and before.items() <= after.items()
-
-
-def test_damaged_entries_are_made_anew(tmp_path, clips):
-    """What a kill or a full disk leaves: files of a wrong length. Nobody looks for flipped bits."""
-    folder = tmp_path / "cache"
-    assert run(tmp_path / "filling", clips, folder) == 0
-    whole = {path: path.read_bytes() for path in files(folder)}
-    damages = [
-        lambda content: b"",
-        lambda content: content[:-1],
-        lambda content: content + b"x",
-        lambda content: b"\0" * len(content),
-    ]
-    assert len(whole) >= len(damages)
-    for damage, (path, content) in zip(itertools.cycle(damages), whole.items()):
-        path.write_bytes(damage(content))
-    assert run(tmp_path / "again", clips, folder) == 0
-    assert entries(tmp_path / "again") == entries(tmp_path / "filling")
-    assert {path: path.read_bytes() for path in files(folder)} == whole
 
 
 def test_while_the_text_encoder_learns_its_output_is_not_kept(tmp_path, clips):
@@ -197,6 +153,43 @@ def test_entries_are_what_the_networks_say(tmp_path, clips, model, home):
         torch.testing.assert_close(text[rows], want.pop("text"), rtol=0, atol=1e-5)  # in another batch of T5
         assert want.keys() == batch.keys()
         assert all(torch.equal(want[name], batch[name]) for name in want)
+
+
+def test_what_an_interrupted_run_has_made_is_kept(tmp_path, clips, monkeypatch):
+    task, records = task_and_records(clips)
+    kept, micros = cache_for(task, records, tmp_path), micros_of(records, num_epochs=1)
+    save, made = cache.save_tensors, []
+
+    def interrupted(*args):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(save(*args))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "save_tensors", interrupted)
+        kept.fill(micros)
+    before = files(tmp_path)
+    assert len(before) == 2 == kept.fill(micros)
+    assert before.items() <= files(tmp_path).items()
+
+
+def test_damaged_entries_are_made_anew(tmp_path, clips):
+    """What a kill or a full disk leaves: files of a wrong length. Nobody looks for flipped bits."""
+    task, records = task_and_records(clips)
+    kept, micros = cache_for(task, records, tmp_path), micros_of(records, num_epochs=1)
+    kept.fill(micros)
+    whole = {path: path.read_bytes() for path in files(tmp_path)}
+    damages = [
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: content + b"x",
+        lambda content: b"\0" * len(content),
+    ]
+    assert len(whole) >= len(damages)
+    for damage, (path, content) in zip(itertools.cycle(damages), whole.items()):
+        path.write_bytes(damage(content))
+    assert kept.fill(micros) == 4
+    assert {path: path.read_bytes() for path in files(tmp_path)} == whole
 
 
 def test_on_the_device_a_second_phase_adds_to_what_is_there_and_tells_the_texts_anew(tmp_path, clips):

@@ -96,24 +96,12 @@ def test_timesteps_outside_the_schedule_are_refused():
 FILE = "scheduler/scheduler_config.json"
 
 
-def write(folder, **content):
-    official = json.loads((GOLDENS / "fun-2b-inp" / FILE).read_text())
-    (folder / "scheduler").mkdir()
-    (folder / FILE).write_text(json.dumps(official | content))
-    return folder
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [("prediction_type", "epsilon"), ("timestep_spacing", "leading"), ("rescale_betas_zero_snr", False)],
-)
-def test_a_setting_that_would_change_the_numbers_is_refused_by_name(tmp_path, name, value):
-    with pytest.raises(ValueError, match=rf"scheduler_config\.json: .*{name} = "):
-        Schedule.from_pretrained(write(tmp_path, **{name: value}))
-
-
 def test_saving_keeps_unknown_keys_and_numbers(tmp_path):
-    source = write(tmp_path, _class_name="CogVideoXDPMScheduler", snr_shift_scale=1.0, made_up=[1, 2])
+    source = tmp_path / "source"
+    (source / "scheduler").mkdir(parents=True)
+    official = json.loads((GOLDENS / "fun-2b-inp" / FILE).read_text())
+    other = {"_class_name": "CogVideoXDPMScheduler", "snr_shift_scale": 1.0, "made_up": [1, 2]}
+    (source / FILE).write_text(json.dumps(official | other))
     Schedule.from_pretrained(source).save_pretrained(tmp_path / "copy")
     before, after = (json.loads((folder / FILE).read_text()) for folder in (source, tmp_path / "copy"))
     assert after == before

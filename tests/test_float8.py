@@ -10,7 +10,7 @@ from float8 import shrink
 from transformer import TransformerConfig, VideoTransformer
 
 SMALL = TransformerConfig(
-    num_attention_heads=8,
+    num_attention_heads=4,
     num_layers=4,
     text_embed_dim=64,
     time_embed_dim=256,
@@ -51,7 +51,7 @@ def held(dit: nn.Module) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 0.53), (torch.float32, 0.29)])
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 0.54), (torch.float32, 0.3)])
 def test_a_block_s_matrices_take_a_byte_a_number(dtype, most, tmp_path):
     """Of bf16 half, of float32 a quarter, and what stays: a tenth of that in a 5B model."""
     random_model(dtype).save_pretrained(tmp_path)

@@ -36,8 +36,8 @@ from vae import VideoVAE
 INPAINT, CONTROL, PLAIN = (GOLDENS / name for name in ("fun-2b-inp", "fun-2b-control", "cogvideox-2b-t2v"))
 IMAGE, IMAGE_15 = GOLDENS / "cogvideox-5b-i2v", GOLDENS / "cogvideox-1.5-5b-i2v"
 SMALL = "--resolutions 32 --max-tokens 8 --num-frames 5 --num-val 2 --num-previews 0 --batch-size 2".split()
-SMALL += "--grad-accum 2 --save-every 3 --dtype float32 --device cpu --preset tiny --lr 1e-3".split()
-FIELDS = {"num_shapes": 12, "warmup_steps": 1, "cached_draws": 0, "keep_on_device": "false"}
+SMALL += "--grad-accum 2 --dtype float32 --device cpu --preset tiny --lr 1e-3".split()
+FIELDS = {"num_shapes": 8, "warmup_steps": 1, "cached_draws": 0, "keep_on_device": "false"}
 FIELDS |= {"save_dtype": "null", "text_only": 0, "equivariance": 0}
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -171,13 +171,6 @@ def test_the_bands_of_a_large_clip_are_validated_in_turn(monkeypatch, model):
     assert seen == [1] * 5
 
 
-def test_several_noises_of_one_clip_share_its_condition():
-    task = task_for(INPAINT, noises_per_clip=3)
-    samples, micro = drawn(2)
-    losses = task.losses(task.encode(samples), replace(micro, timesteps=torch.full((6,), 500)))
-    assert losses.shape == (6,) and len(set(losses.tolist())) == 6
-
-
 @pytest.mark.parametrize("kind", ["lora", "frozen text"])
 def test_frozen_weights_in_bfloat16_give_the_same_bytes_as_float32_ones(kind):
     """Autocast rounds a frozen matrix at each use; stored rounded it is the same matrix."""
@@ -203,9 +196,8 @@ def test_frozen_weights_in_bfloat16_give_the_same_bytes_as_float32_ones(kind):
 # ---------------------------------------------------------------- the gradient of a global batch
 
 
-def test_the_ranks_and_the_order_of_micro_batches_do_not_change_a_step(tmp_path, monkeypatch):
+def test_the_ranks_and_the_order_of_micro_batches_do_not_change_a_step(tmp_path, clips, monkeypatch):
     """The same micro-batches in a step of four, dealt backwards: equal up to the order of fp32 sums."""
-    clips = one_shape(tmp_path)
     options = ["--max-tokens", 4, "--batch-size", 1, "--grad-accum", 4, "--num-steps", 1]
     options += ["--data", clips, "--val-data", clips]
     assert run(tmp_path / "forwards", *options) == 0
@@ -221,18 +213,7 @@ def test_the_ranks_and_the_order_of_micro_batches_do_not_change_a_step(tmp_path,
     assert after["val_loss"] == pytest.approx(their_after["val_loss"], rel=1e-5)
 
 
-def one_shape(folder: Path) -> Path:
-    """Eight square clips, so that there is one bucket."""
-    folder = folder / "clips"
-    if not folder.exists():
-        folder.mkdir()
-        for i, clip in enumerate(shapes.records(8, 5, sizes=[(32, 32)])):
-            write_video(clip.read(0, 9), folder / f"{i}.mp4")
-            (folder / f"{i}.txt").write_text(clip.scene.caption())
-    return folder
-
-
-def test_samples_of_uneven_micro_batches_count_alike(tmp_path, monkeypatch):
+def test_samples_of_uneven_micro_batches_count_alike(tmp_path, clips, monkeypatch):
     """The loss is the mean over samples: of eight in micro-batches of 3, 3 and 2, each weighs an eighth."""
 
     def index_of_each_sample(self, batch, micro):
@@ -242,7 +223,6 @@ def test_samples_of_uneven_micro_batches_count_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(train_dit.Denoising, "losses", index_of_each_sample)
     monkeypatch.setattr(train_dit.Denoising, "validate", lambda *_: {"val_loss": 1.0})
     options = ["--batch-size", 3, "--grad-accum", 3, "--num-steps", 1]
-    clips = one_shape(tmp_path)
     assert run(tmp_path / "out", *options, "--data", clips, "--val-data", clips) == 0
     assert entries(tmp_path / "out")[1]["loss"] == pytest.approx(sum(range(8)) / 8)
 
@@ -252,39 +232,39 @@ def test_samples_of_uneven_micro_batches_count_alike(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Six steps without a stop."""
+    """Four steps without a stop."""
     out = tmp_path_factory.mktemp("whole")
-    assert run(out, "--num-steps", 6) == 0
+    assert run(out, "--num-steps", 4) == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def three_steps(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("three")
-    assert run(out, "--num-steps", 3) == 0
+def two_steps(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("two")
+    assert run(out, "--num-steps", 2) == 0
     return out
 
 
 @pytest.fixture
-def half(tmp_path, three_steps) -> Path:
-    """A run of three steps of the six, to go on with; it has come into its second epoch."""
-    state = json.loads((three_steps / "checkpoints/step-000003/training/state.json").read_text())
+def half(tmp_path, two_steps) -> Path:
+    """A run of two steps of the four, to go on with; it has come into its second epoch."""
+    state = json.loads((two_steps / "checkpoints/step-000002/training/state.json").read_text())
     assert state["counters"]["epoch"] > 0 and state["counters"]["batch"] > 0
-    return Path(shutil.copytree(three_steps, tmp_path / "half"))
+    return Path(shutil.copytree(two_steps, tmp_path / "half"))
 
 
 def assert_goes_on_as(whole: Path, half: Path) -> None:
-    assert run(half, "--num-steps", 6, "--resume") == 0
-    for name in (TRANSFORMER, "checkpoints/step-000006/training/state.safetensors"):
+    assert run(half, "--num-steps", 4, "--resume") == 0
+    for name in (TRANSFORMER, "checkpoints/step-000004/training/state.safetensors"):
         assert (whole / name).read_bytes() == (half / name).read_bytes()
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(whole, half):
     with (half / "log.jsonl").open("a") as log:  # what a kill after the checkpoint leaves behind
-        log.write('{"step": 4, "loss": 1}\n{"st')
-    (half / "checkpoints" / ".step-000006.1.tmp").mkdir()
+        log.write('{"step": 3, "loss": 1}\n{"st')
+    (half / "checkpoints" / ".step-000004.1.tmp").mkdir()
     assert_goes_on_as(whole, half)
-    ended_once = [line for line in entries(half) if "val_loss" in line and line["step"] == 3]
+    ended_once = [line for line in entries(half) if "val_loss" in line and line["step"] == 2]
     assert entries(whole) == [line for line in entries(half) if line not in ended_once]
     assert not list((half / "checkpoints").glob(".*"))
 
@@ -293,8 +273,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(whole, half):
 def test_a_kill_leaves_the_last_checkpoint_to_resume_from(whole, half, moment, monkeypatch):
     """In a save, before it and after it."""
 
-    def kill(out, path=Path("step-000006"), *_):
-        if path.name == "step-000006" or "publish" not in moment:
+    def kill(out, path=Path("step-000004"), *_):
+        if path.name == "step-000004" or "publish" not in moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
     child = os.fork()
@@ -302,19 +282,19 @@ def test_a_kill_leaves_the_last_checkpoint_to_resume_from(whole, half, moment, m
         try:
             torch.set_num_threads(torch.get_num_threads())  # mends the pool before two threads do
             monkeypatch.setattr(moment, kill)
-            run(half, "--num-steps", 6, "--resume")
+            run(half, "--num-steps", 4, "--resume")
         finally:
             os._exit(1)  # it should not come here
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert newest_checkpoint(half).name == ("step-000006" if "publish" in moment else "step-000003")
+    assert newest_checkpoint(half).name == ("step-000004" if "publish" in moment else "step-000002")
     assert_goes_on_as(whole, half)
 
 
 def test_a_signal_saves_and_stops(whole, half, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", rate_and_terminate_twice)
-        assert run(half, "--num-steps", 6, "--resume") == 128 + signal.SIGTERM
-    assert newest_checkpoint(half).name == "step-000004"
+        assert run(half, "--num-steps", 4, "--resume") == 128 + signal.SIGTERM
+    assert newest_checkpoint(half).name == "step-000003"
     assert_goes_on_as(whole, half)
 
 
@@ -328,12 +308,12 @@ def rate_and_terminate_twice(*args):
 def test_a_later_signal_ends_at_once(half, monkeypatch, capsys):
     monkeypatch.setattr(train, "SAME_SIGNAL", -1.0)
     monkeypatch.setattr(train, "learning_rate", rate_and_terminate_twice)
-    assert run(half, "--num-steps", 6, "--resume") == 2
+    assert run(half, "--num-steps", 4, "--resume") == 2
     assert "interrupted" in capsys.readouterr().err
-    assert newest_checkpoint(half).name == "step-000003"
+    assert newest_checkpoint(half).name == "step-000002"
 
 
-def test_what_a_run_leaves_can_be_rounded_and_its_checkpoint_goes_on_from_all_digits(tmp_path, three_steps):
+def test_what_a_run_leaves_can_be_rounded_and_its_checkpoint_goes_on_from_all_digits(tmp_path, two_steps):
     """All networks in OUT, for --set save_dtype; not the checkpoint, nor the files of --model."""
     before = {path: path.read_bytes() for path in INPAINT.rglob("*.safetensors")}
     assert run(tmp_path, "--num-steps", 1, save_dtype="bfloat16") == 0
@@ -341,8 +321,8 @@ def test_what_a_run_leaves_can_be_rounded_and_its_checkpoint_goes_on_from_all_di
     for name in (TRANSFORMER, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         rounded, whole = load_file(tmp_path / name), load_file(kept / name)
         assert all(torch.equal(tensor, whole[key].bfloat16()) for key, tensor in rounded.items())
-    assert run(tmp_path, "--num-steps", 3, "--resume", save_dtype="bfloat16") == 0
-    ours, theirs = load_file(tmp_path / TRANSFORMER), load_file(three_steps / TRANSFORMER)
+    assert run(tmp_path, "--num-steps", 2, "--resume", save_dtype="bfloat16") == 0
+    ours, theirs = load_file(tmp_path / TRANSFORMER), load_file(two_steps / TRANSFORMER)
     assert all(torch.equal(tensor, theirs[key].bfloat16()) for key, tensor in ours.items())
     assert before == {path: path.read_bytes() for path in before}
 
@@ -374,7 +354,7 @@ def test_a_run_that_keeps_samples_on_the_device_resumes_to_the_byte(tmp_path):
 
 def test_phases_follow_each_other_and_resume_across_the_border(tmp_path):
     """In tiny's first phase the text encoder learns; afterwards it stays what the checkpoint says."""
-    options = ["--phase-steps", 1, 1, 2]
+    options = ["--phase-steps", 1, 1, 1]
     assert run(tmp_path / "whole", *options) == 0
     assert run(tmp_path / "parts", *options, "--num-steps", 2) == 0
     text = "text_encoder/model.safetensors"
@@ -385,39 +365,38 @@ def test_phases_follow_each_other_and_resume_across_the_border(tmp_path):
     assert learnt == (tmp_path / "parts" / text).read_bytes()
     for name in (TRANSFORMER, text):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-    assert [line["phase"] for line in entries(tmp_path / "whole") if "loss" in line] == [1, 2, 3, 3]
+    assert [line["phase"] for line in entries(tmp_path / "whole") if "loss" in line] == [1, 2, 3]
 
 
-def test_at_a_constant_rate_a_run_may_become_longer_but_not_shorter(tmp_path, whole, capsys):
-    assert run(tmp_path, "--phase-steps", 3) == 0
-    assert run(tmp_path, "--phase-steps", 6, "--resume") == 0
-    assert (tmp_path / TRANSFORMER).read_bytes() == (whole / TRANSFORMER).read_bytes()
-    assert run(tmp_path, "--phase-steps", 5, "--resume") == 2
-    assert "num_steps of phase 1 = 6, now it is 5" in capsys.readouterr().err
+def test_at_a_constant_rate_a_run_may_become_longer_but_not_shorter(tmp_path, two_steps, capsys):
+    assert run(tmp_path, "--phase-steps", 1) == 0
+    assert run(tmp_path, "--phase-steps", 2, "--resume") == 0
+    assert (tmp_path / TRANSFORMER).read_bytes() == (two_steps / TRANSFORMER).read_bytes()
+    assert run(tmp_path, "--phase-steps", 1, "--resume") == 2
+    assert "num_steps of phase 1 = 2, now it is 1" in capsys.readouterr().err
     assert run(tmp_path, "--phase-steps", 9, "--lr", 1e-3, 1e-4, "--resume") == 2
 
 
 def test_other_settings_are_not_resumed_but_those_of_an_older_version_are(half, capsys):
-    assert run(half, "--num-steps", 4, "--resume", "--seed", 1) == 2
+    assert run(half, "--num-steps", 3, "--resume", "--seed", 1) == 2
     assert "seed = 0, now it is 1" in capsys.readouterr().err
-    assert run(half, "--num-steps", 4) == 2
+    assert run(half, "--num-steps", 3) == 2
     assert "--resume" in capsys.readouterr().err
-    path = half / "checkpoints/step-000003/training/state.json"
+    path = half / "checkpoints/step-000002/training/state.json"
     state = json.loads(path.read_text())
     del state["settings"]["wide_clip_steps"], state["settings"]["dtype"]
     path.write_text(json.dumps(state))
-    assert run(half, "--num-steps", 4, "--resume") == 0
+    assert run(half, "--num-steps", 3, "--resume") == 0
 
 
 # ---------------------------------------------------------------- what goes wrong
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
-    tmp_path, monkeypatch, capsys
+    tmp_path, clips, monkeypatch, capsys
 ):
     monkeypatch.setattr(train_dit, "denoising_losses", lambda *args: denoising_losses(*args) * float("nan"))
     monkeypatch.setattr(train_dit.Denoising, "validate", lambda *_: {"val_loss": 1.0})
-    clips = one_shape(tmp_path)
     assert run(tmp_path / "out", "--num-steps", 2, "--data", clips, "--phase", 2) == 2
     message = capsys.readouterr().err
     assert "step 1:" in message and "not finite" in message
@@ -475,18 +454,18 @@ def test_a_preview_that_fails_does_not_end_a_run(tmp_path, capsys, monkeypatch):
 
 
 def test_a_transformer_learns_one_clip_and_its_folder_samples(tmp_path):
-    """Validation on the clip it trains on; from random weights the loss falls by a third in 25 steps."""
+    """Validation on the clip it trains on; from random weights the loss falls by a third in 12 steps."""
     clip = shapes.records(1, 3)[0]
     write_video(clip.read(0, 5, (32, 32)), tmp_path / "clip.gif")
     meta = [{"file_path": "clip.gif", "text": clip.scene.caption(), "type": "video"}]
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    options = ["--data", tmp_path / "meta.json", "--num-steps", 25, "--grad-accum", 1, "--lr", 5e-3]
+    options = ["--data", tmp_path / "meta.json", "--num-steps", 12, "--grad-accum", 1, "--lr", 1e-2]
     options += ["--num-previews", 1, "--preview-steps", 2]
     assert run(tmp_path / "out", *options, noises_per_clip=4) == 0
     losses = [line["val_loss"] for line in entries(tmp_path / "out") if "val_loss" in line]
     assert len(losses) == 2 and losses[-1] < 0.67 * losses[0]
     assert all(f"val_loss_{t}" in entries(tmp_path / "out")[-1] for t in train_dit.BANDS)
-    for name in ("previews/step-000025-0.gif", "previews/step-000025-0.png", "loss.png", "model_index.json"):
+    for name in ("previews/step-000012-0.gif", "previews/step-000012-0.png", "loss.png", "model_index.json"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     models, size = train.sample.load_models(tmp_path / "out"), {"height": 32, "width": 32, "num_frames": 5}
     frames = train.sample.generate(models, "a", num_steps=2, seed=0, **size)
@@ -494,8 +473,8 @@ def test_a_transformer_learns_one_clip_and_its_folder_samples(tmp_path):
 
 
 def test_a_vae_learns_and_writes_the_scale_of_its_own_latents(tmp_path, capsys):
-    options = ["--train", "vae", "--num-steps", 12, "--lr", 3e-3, "--grad-accum", 1]
-    fields = {"optimizer": "adamw", "equivariance": 0.2, "num_shapes": 20}  # AdamW is quicker at first
+    options = ["--train", "vae", "--num-steps", 8, "--lr", 3e-3, "--grad-accum", 1]
+    fields = {"optimizer": "adamw", "equivariance": 0.2}  # AdamW is quicker at first
     assert run(tmp_path, *options, **fields) == 0
     psnr = [line["psnr"] for line in entries(tmp_path) if "psnr" in line]
     assert psnr[-1] > psnr[0] + 1
@@ -507,18 +486,19 @@ def test_a_vae_learns_and_writes_the_scale_of_its_own_latents(tmp_path, capsys):
 
 
 def test_a_resumed_vae_is_saved_before_it_validates_and_ends_with_the_same_bytes(tmp_path):
-    options = ["--train", "vae", "--grad-accum", 1, "--save-every", 1, "--keep", 2, "--val-every", 100]
+    options = ["--train", "vae", "--grad-accum", 1, "--save-every", 1, "--keep", 1, "--val-every", 100]
     assert run(tmp_path / "parts", *options, "--num-steps", 1) == 0
-    assert run(tmp_path / "parts", *options, "--num-steps", 3, "--resume") == 0
-    assert run(tmp_path / "whole", *options, "--num-steps", 3) == 0
+    assert run(tmp_path / "parts", *options, "--num-steps", 2, "--resume") == 0
+    assert run(tmp_path / "whole", *options, "--num-steps", 2) == 0
     for name in ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    kept = (tmp_path / "whole" / "checkpoints").iterdir()
-    assert sorted(path.name for path in kept) == ["step-000002", "step-000003"]
+    [kept] = (tmp_path / "whole" / "checkpoints").iterdir()
+    assert kept.name == "step-000002"
 
 
 def test_a_decoder_learns_alone_and_latents_stay_what_they_were(tmp_path):
-    assert run(tmp_path, "--train", "vae", "--num-steps", 2, ema_decay=0, keep_encoder="true") == 0
+    options = ["--train", "vae", "--num-steps", 1, "--grad-accum", 1]
+    assert run(tmp_path, *options, ema_decay=0, keep_encoder="true") == 0
     before, after = (VideoVAE.from_pretrained(folder) for folder in (INPAINT, tmp_path))
     assert after.config.scaling_factor == before.config.scaling_factor
     for name, weight in before.state_dict().items():
@@ -551,13 +531,14 @@ def test_text_only_samples_have_everything_masked_and_a_zero_condition():
 
 
 def test_lora_learns_beside_the_transformer_and_resumes_to_the_byte(tmp_path, capsys):
+    """And its file holds what the run validated, the average."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--lora-rank", 3, "--lora-alpha", 2, "--lr", 1e-2]  # 2/3: folding it into a file rounds
-    assert run(whole, *options, "--num-steps", 4) == 0
+    assert run(whole, *options, "--num-steps", 3) == 0
     assert f"--model {whole} --lora {whole / 'lora.safetensors'}\n" in capsys.readouterr().out
-    assert run(parts, *options, "--num-steps", 3) == 0
-    assert run(parts, *options, "--num-steps", 4, "--resume") == 0
-    for name in ("lora.safetensors", "checkpoints/step-000004/training/state.safetensors"):
+    assert run(parts, *options, "--num-steps", 2) == 0
+    assert run(parts, *options, "--num-steps", 3, "--resume") == 0
+    for name in ("lora.safetensors", "checkpoints/step-000003/training/state.safetensors"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     for name in (TRANSFORMER, "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         assert (whole / name).read_bytes() == (INPAINT / name).read_bytes()
@@ -566,14 +547,15 @@ def test_lora_learns_beside_the_transformer_and_resumes_to_the_byte(tmp_path, ca
     lora = load_file(whole / "lora.safetensors")
     assert any(tensor.any() for key, tensor in lora.items() if "lora_B" in key)
     assert all(key.startswith("transformer.") for key in lora)
+    losses = [line["val_loss"] for line in entries(whole) if "val_loss" in line]
+    assert validated_with(whole / "lora.safetensors") == pytest.approx(losses[-1], rel=1e-5)
+    assert abs(losses[0] / losses[-1] - 1) > 1e-4
 
 
-def test_a_lora_file_says_what_the_run_validated(tmp_path):
-    """Merged by `load_lora`, the EMA weights in OUT/lora.safetensors give the last validation loss again."""
-    options = ["--lora-rank", 2, "--lora-alpha", 3, "--lr", 1e-1, "--num-steps", 2]
-    assert run(tmp_path, *options, warmup_steps=0) == 0
+def validated_with(lora: Path) -> float:
+    """The validation loss of the model with a LoRA merged: 1e-5 for sums in another order."""
     task = task_for(INPAINT)
-    load_lora(task.dit, tmp_path / "lora.safetensors")
+    load_lora(task.dit, lora)
     task.begin(task.config.phases[2])  # LoRA learns beside a fixed text encoder
     records = data.draw_files(20, 1 / 6, 2, 5, seed=0).held_out
     plan = task.plan(task.config.phases[0])
@@ -581,9 +563,7 @@ def test_a_lora_file_says_what_the_run_validated(tmp_path):
     for micro in data.held_out_micros(records, plan, 0):
         record = records[micro.indices[0]]
         held_out.append((task.encode([load_sample(record, micro.bucket, micro.keys[0], plan)]), micro))
-    first, *_, last = (line["val_loss"] for line in entries(tmp_path) if "val_loss" in line)
-    assert task.validate(held_out)["val_loss"] == pytest.approx(last, rel=1e-5)  # sums in another order
-    assert abs(first - last) > 1e-3
+    return task.validate(held_out)["val_loss"]
 
 
 def test_a_transformer_from_scratch_fits_its_text_encoder_and_keeps_its_position_rule(tmp_path):
@@ -599,8 +579,8 @@ def test_a_transformer_from_scratch_fits_its_text_encoder_and_keeps_its_position
 
 
 @pytest.mark.parametrize("in_channels, kind", [(33, "Inpaint"), (32, "Control")])
-def test_a_run_grows_from_a_text_model_without_changing_what_it_says(tmp_path, in_channels, kind):
-    options = ["--num-steps", 1, "--in-channels", in_channels, "--lr", 0, "--data", with_controls(tmp_path)]
+def test_a_run_grows_from_a_text_model_without_changing_what_it_says(tmp_path, clips, in_channels, kind):
+    options = ["--num-steps", 1, "--in-channels", in_channels, "--lr", 0, "--data", clips / "controls.json"]
     options += ["--num-previews", 1, "--preview-steps", 1]
     assert run(tmp_path, *options, model=PLAIN) == 0
     grown, plain = VideoTransformer.from_pretrained(tmp_path), VideoTransformer.from_pretrained(PLAIN)
@@ -613,15 +593,6 @@ def test_a_run_grows_from_a_text_model_without_changing_what_it_says(tmp_path, i
         condition = torch.randn(1, in_channels - 16, 2, 4, 6)
         ours = grown(noisy, torch.tensor([500]), text, condition)
         assert_close(ours, plain(noisy, torch.tensor([500]), text), 1e-5)
-
-
-def with_controls(folder: Path) -> Path:
-    """The clips of `one_shape`, each with another one as its control."""
-    one_shape(folder)
-    names = [(f"clips/{i}.mp4", f"clips/{7 - i}.mp4") for i in range(8)]
-    meta = [{"file_path": a, "control_file_path": b, "text": "a", "type": "video"} for a, b in names]
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder / "meta.json"
 
 
 def test_control_pixels_are_the_condition():
@@ -638,19 +609,18 @@ def test_control_pixels_are_the_condition():
 
 
 @pytest.mark.parametrize("model", [IMAGE, IMAGE_15], ids=["5b", "1.5"])
-def test_an_image_model_learns_resumes_to_the_byte_and_loads_in_diffusers(tmp_path, model):
+def test_an_image_model_learns_resumes_to_the_byte_and_loads_in_diffusers(tmp_path, clips, model):
     diffusers = pytest.importorskip("diffusers")
-    clips = one_shape(tmp_path)
     options = ["--data", clips, "--val-data", clips, "--phase", 2, "--lr", 1e-2, "--max-tokens", 18]
-    options += ["--num-frames", 9, "--save-every", 4]
+    options += ["--num-frames", 9, "--grad-accum", 1]
     preview = ["--num-previews", 1, "--preview-steps", 1]
-    assert run(tmp_path / "whole", *options, *preview, "--num-steps", 4, model=model) == 0
+    assert run(tmp_path / "whole", *options, *preview, "--num-steps", 3, model=model) == 0
     assert run(tmp_path / "parts", *options, "--num-steps", 2, model=model) == 0
-    assert run(tmp_path / "parts", *options, "--num-steps", 4, "--resume", model=model) == 0
+    assert run(tmp_path / "parts", *options, "--num-steps", 3, "--resume", model=model) == 0
     assert (tmp_path / "whole" / TRANSFORMER).read_bytes() == (tmp_path / "parts" / TRANSFORMER).read_bytes()
     found = [line["val_loss"] for line in entries(tmp_path / "whole") if "val_loss" in line]
-    assert found[-1] < 0.95 * found[0]
-    assert (tmp_path / "whole" / "previews" / "step-000004-0.gif").exists()
+    assert found[-1] < found[0]
+    assert (tmp_path / "whole" / "previews" / "step-000003-0.gif").exists()
     ours = VideoTransformer.from_pretrained(tmp_path / "whole")
     theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "whole" / "transformer")
     assert theirs.state_dict().keys() == ours.state_dict().keys()
@@ -752,9 +722,9 @@ def test_presets_hold_the_reports_phases():
     assert [phase.max_tokens for phase in presets.TINY.phases[1:]] == [80, 180, 320]
 
 
-def test_half_the_clips_of_a_small_data_set_are_not_held_out(tmp_path):
+def test_half_the_clips_of_a_small_data_set_are_not_held_out(clips):
     """Of eight files one is held out; a single file is trained on and looked at."""
-    records, held_out, failures = data.open_files(str(one_shape(tmp_path)), None, 16, fps=8)
+    records, held_out, failures = data.open_files(str(clips), None, 16, fps=8)
     assert len(records) == 7 and len(held_out) == 1 and not failures
     assert held_out[0].name not in [record.name for record in records]
 
