@@ -53,6 +53,14 @@ class Cache:
         self.keep_texts(micros)
         return sum(len(group.keys) for group in groups)
 
+    def told(self, captions: list[str]) -> Iterator[Tensor]:
+        """What T5 says of each caption. It is always told so many together, with empty ones at the end: of
+        another number it would round otherwise, and a resumed run could not end with the same bytes."""
+        for i in range(0, len(captions), TEXTS):
+            group = captions[i : i + TEXTS]
+            padding = [""] * (TEXTS - len(group))
+            yield from self.encode_texts(group + padding)[: len(group)]
+
     def lacking(self, micros: list[Micro]) -> list[Micro]:
         """The samples that are not there yet, each once, in micro-batches that the VAE can take."""
         by_bucket: dict[Bucket, list[tuple[int, Key]]] = {}
@@ -105,11 +113,7 @@ class DeviceCache(Cache):
 
     def keep_texts(self, micros: list[Micro]) -> None:
         """All of them anew in each phase: T5 may have learnt in the last one."""
-        captions = list(self.text_rows)
-        texts = []
-        for i in range(0, len(captions), TEXTS):
-            texts.append(self.encode_texts(captions[i : i + TEXTS]).to(self.device))
-        self.texts = torch.cat(texts)
+        self.texts = torch.stack(list(self.told(list(self.text_rows)))).to(self.device)
 
     def batches(self, micros: Iterable[Micro]) -> Iterator[Batch]:
         """Texts come once for each caption of a micro-batch, with text_row b to repeat them."""
@@ -161,10 +165,8 @@ class DiskCache(Cache):
     def keep_texts(self, micros: list[Micro]) -> None:
         captions = dict.fromkeys(self.caption(*place) for place in places_of(micros))
         lacking = [caption for caption in captions if not is_whole(self.text_path(caption))]
-        for i in range(0, len(lacking), TEXTS):
-            group = lacking[i : i + TEXTS]
-            for caption, text in zip(group, self.encode_texts(group)):
-                save_tensors({"text": text.contiguous().cpu()}, self.text_path(caption), {})
+        for caption, text in zip(lacking, self.told(lacking)):
+            save_tensors({"text": text.cpu().contiguous()}, self.text_path(caption), {})
 
     def batches(self, micros: Iterable[Micro]) -> Iterator[Batch]:
         for entries in each_ahead(micros, self.read_entry, self.loader.num_workers, ahead=4):
@@ -205,11 +207,12 @@ def content_digest(record: Record) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Of the content; of the name alone where there is no such file, which reading will then complain of."""
-    if not path.is_file():
+    """Of the content; of the name alone where it cannot be read, which loading will then complain of."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
         return str(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_digest(folder: Path) -> list[str]:

@@ -327,12 +327,15 @@ def write_model_index(out: Path, model_dir: Path | None, in_channels: int | None
 
 def link(source: Path, target: Path) -> None:
     """`target` becomes another name of the file `source`, or a copy where the disk knows no hard links; of a
-    folder, each file in it does."""
+    folder, each file in it does, and others go: an index of shards that were there is taken before a file."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir():
-            if not path.name.startswith("."):
-                link(path, target / path.name)
+        names = [path.name for path in source.iterdir() if not path.name.startswith(".")]
+        for name in names:
+            link(source / name, target / name)
+        for path in target.iterdir():
+            if path.name not in names:
+                path.unlink()
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)

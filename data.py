@@ -27,7 +27,7 @@ from torch import Tensor
 from inpaint import MASK_KINDS, random_mask
 from media import MILLISECOND, fit, probe_video, read_image, read_video, to_pixels
 from metadata import Entry, read_metadata
-from runtime import chance, generator, integer
+from runtime import chance, generator, integer, say
 from sizes import Bucket, frames_for, nearest_shape, num_tokens
 
 # ---------------------------------------------------------------- samples: what is known before decoding
@@ -358,11 +358,6 @@ class Sample(NamedTuple):
     drawing: tuple[object, int, int] | None = None  # scene, first frame, frames of the whole clip
 
 
-def draw_start(record: Record, bucket: Bucket, key: Key) -> int:
-    """The frame of a record, counted at the rate we train at, with which a sample begins."""
-    return integer(generator(*key, "start"), 0, record.num_frames - bucket.num_frames)
-
-
 def draw_caption(record: Record, bucket: Bucket, key: Key) -> str:
     """The record's, or "" for a share of the samples."""
     return "" if chance(generator(*key, "caption"), CAPTION_DROP) else record.caption(bucket.num_frames)
@@ -383,7 +378,7 @@ def load_sample(record: Record, bucket: Bucket, key: Key, plan: Plan) -> Sample:
     raises ValueError or OSError if the file is damaged or shorter than its header says
     """
     num_frames, height, width = bucket
-    start = draw_start(record, bucket, key)
+    start = integer(generator(*key, "start"), 0, record.num_frames - num_frames)
 
     def take(read: Reader) -> Tensor:
         frames = read_all(record, read, start, num_frames, (height, width))
@@ -437,9 +432,8 @@ class Loader:
         failures: dict[str, str] = {},  # files already found broken by open_records
         num_workers: int = 4,
         max_failures: float = 0.05,
-        say: Callable[[str], None] = print,
     ):
-        self.records, self.num_workers, self.say = records, num_workers, say
+        self.records, self.num_workers = records, num_workers
         self.num_files = len(records) + len(failures)
         self.max_failures = max(1, int(max_failures * self.num_files))
         self.failures: dict[str, str] = {}
@@ -451,7 +445,8 @@ class Loader:
         with self.lock:
             if name not in self.failures:
                 self.failures[name] = reason
-                self.say(f"skipped: {reason}" if name in reason else f"skipped: {name}: {reason}")
+                text = f"skipped: {reason}" if name in reason else f"skipped: {name}: {reason}"
+                say(text, on_all_ranks=True)
             if len(self.failures) > self.max_failures:
                 listed = "\n  ".join(self.failures[name] for name in sorted(self.failures))
                 count = f"{len(self.failures)} of {self.num_files}"

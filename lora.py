@@ -3,8 +3,7 @@
     x ─┬─► W: in -> out ───────────────────────────── + ─► W x + alpha/rank · B A x
        └─► A: in -> rank ─► B: rank -> out ─ · alpha/rank ┘   B starts at zero, so nothing changes at first
 
-    add_lora ─► train ─┬─► save_lora ─► FILE ─► load_lora: W += weight · alpha/rank · B A
-                       └─► merge_lora, save_pretrained ─► a checkpoint like any other
+    add_lora ─► train ─► save_lora ─► FILE ─► load_lora: W += weight · alpha/rank · B A, as if W had learnt
 
 Files carry the names diffusers takes (`load_lora_weights`, with peft), with alpha/rank folded into B. Beside
 them we read those of PEFT, of ComfyUI, of older diffusers, and of the reference (CogVideoX-Fun
@@ -60,7 +59,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None) -> list[nn
     alpha: how much it counts, as alpha/rank; by default rank, so that it counts once
     """
     if lora_layers(model):
-        raise ValueError("this model has LoRA already; call merge_lora first")
+        raise ValueError("this model has LoRA already; save it, and load it into another")
     model.requires_grad_(False)
     names = [name for name, _ in model.named_modules() if name.endswith(TARGETS)]
     parameters = []
@@ -69,16 +68,6 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None) -> list[nn
         model.set_submodule(name, layer)
         parameters += [layer.lora_A.weight, layer.lora_B.weight]
     return parameters
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Add what LoRA has learnt to the weights and take its layers out, in place."""
-    for name, layer in lora_layers(model).items():
-        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        plain.weight = layer.weight
-        plain.bias = layer.bias
-        add_product(plain, layer.lora_A.weight, layer.lora_B.weight, layer.scale)
-        model.set_submodule(name, plain)
 
 
 @torch.no_grad()

@@ -48,16 +48,18 @@ def step_bytes(
             learns += param.numel()
         else:
             frozen += param.numel() * (dtype.itemsize if param.ndim > 1 else 4)
+    rounded = 0  # copies of weights, for the backward pass
+    if dtype != torch.float32 and not dit.activation_checkpointing:
+        rounded = dtype.itemsize * (learns + num_beside)
     learns = learns // num_parts + num_beside
     kept, at_work = ACTIVATIONS[dtype][dit.activation_checkpointing]
     size = num_tokens * dit.config.dim
-    rounded = 0 if dtype == torch.float32 else dtype.itemsize * learns  # copies that autocast keeps meanwhile
     return {
         "weights": frozen // num_parts + 4 * learns,
         "gradients": 4 * learns,
         "moments": 4 * num_moments * learns,
         "EMA": 4 * learns * has_ema,
-        "activations": kept * size * dit.config.num_layers + max(at_work * size, rounded),
+        "activations": (kept * dit.config.num_layers + at_work) * size + rounded,
     }
 
 

@@ -106,6 +106,8 @@ class Muon(torch.optim.Optimizer):
 
 # ---------------------------------------------------------------- all of it together
 
+OPTIMIZERS = ("adamw", "muon")  # Muon for matrices, AdamW for the rest
+
 
 class Optim:
     """The weights that learn (fp32), their optimizers and their average."""
@@ -118,7 +120,7 @@ class Optim:
         adam_eps: float,
         ema_decay: float,
     ):
-        """modules: by component    optimizer: adamw, or muon for matrices and AdamW for the rest"""
+        """modules: by component    optimizer: one of OPTIMIZERS"""
         self.ema_decay = ema_decay
         self.params: dict[str, Tensor] = {}
         for component, module in modules.items():
@@ -154,13 +156,11 @@ class Optim:
             self.ema = {name: param.detach().clone() for name, param in self.params.items()}
 
     def inherit(self, before: "Optim") -> None:
-        """Moments and average of the phase before; what learns no more becomes its average."""
-        for name, param in before.params.items():
-            if name in self.params:
-                self.moments[name].update(before.moments[name])
-            elif before.ema:
-                param.data.copy_(before.ema[name])
-        self.ema |= {name: average for name, average in before.ema.items() if name in self.params}
+        """Moments and average of the phase before."""
+        for name in self.params.keys() & before.params.keys():
+            self.moments[name].update(before.moments[name])
+            if before.ema:
+                self.ema[name] = before.ema[name]
 
     def grad_norm(self) -> Tensor:
         """The length of the whole gradient, averaged over ranks; still on the device."""

@@ -13,6 +13,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ def join_ranks(alone: bool = False) -> dist.Store | None:
     else:
         store, _, _ = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=NUM_RANKS)
+    patience = timedelta(days=1)  # NCCL would wait ten minutes, in which rank 0 may not have saved 5B
+    dist.init_process_group(backend, timeout=patience, store=store, rank=RANK, world_size=NUM_RANKS)
     return store
 
 
@@ -110,9 +112,9 @@ def agree(value: object) -> object:
     return values[0]
 
 
-def say(text: object) -> None:
-    """Print on rank 0 alone. A file's name may be no Unicode."""
-    if RANK == 0:
+def say(text: object, on_all_ranks: bool = False) -> None:
+    """Print, as a rule on rank 0 alone. A file's name may be no Unicode."""
+    if RANK == 0 or on_all_ranks:
         print(str(text).encode(errors="backslashreplace").decode(), flush=True)
 
 
@@ -148,9 +150,13 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # with AVX-512 alone it can be slower
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in dtype, of weights in float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def autocast(device: torch.device, dtype: torch.dtype, keeps: bool = False) -> torch.autocast:
+    """Matrix products in dtype, of weights in float32.
+
+    keeps: rounded weights, until the end of the block, for a network that uses each of them often. Those of a
+        transformer would lie in memory together, also where ranks have parts of it.
+    """
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=keeps)
 
 
 # ---------------------------------------------------------------- draws

@@ -46,14 +46,14 @@ from inpaint import MASK_KINDS
 from kinds import native_fps, native_size
 from log import Log
 from media import write_video
-from optim import Optim, clip_norm, learning_rate
+from optim import OPTIMIZERS, Optim, clip_norm, learning_rate
 from presets import PRESETS, Config, Phase, set_field
-from runtime import NUM_RANKS, RANK, gather, generator, say, sum_over_ranks, wait_for_ranks
+from runtime import DTYPES, NUM_RANKS, RANK, agree, gather, generator, say, sum_over_ranks, wait_for_ranks
 from sharding import place
 from sizes import check_frames, check_side
 from text_encoder import T5Config, T5Encoder
 from train_dit import Denoising
-from transformer import CHECKPOINTING, TransformerConfig, VideoTransformer
+from transformer import CHECKPOINTING, POSITIONS, TransformerConfig, VideoTransformer
 from vae import VideoVAE
 
 # ---------------------------------------------------------------- the folder of a run
@@ -98,13 +98,16 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
         config = replace(config, dit=replace(config.dit, text_embed_dim=width))
     if from_scratch:
         there.pop(learns, None)
+    if config.lora_rank and learns not in there:
+        raise ValueError("--lora-rank fine-tunes a transformer; give a --model that has one")
     makes = {"transformer": config.dit, "scheduler": config.schedule, "vae": config.vae}
     makes |= {"text_encoder": config.t5, "tokenizer": config.t5}
     for name in wanted:  # all are looked at before the first is made
         if name not in there and makes[name] is None:
             raise ValueError(f"there is no {name}/ to start from; give a --model that has one")
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)  # first, as it tells a run from a model
     for name in checkpoint.COMPONENTS:
-        if (out / name).exists():
+        if (out / name).exists():  # of a run that was killed before its first checkpoint
             shutil.rmtree(out / name)
         if name in there:
             checkpoint.link(there[name], out / name)
@@ -164,9 +167,10 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
     out, model_dir = options.out, options.model
     newest = checkpoint.newest_checkpoint(out)
     if not newest:
-        if model_dir and out.resolve() == model_dir.resolve():
-            raise ValueError(f"--out {out} is the folder to start from; choose another")
-        if config.lora_rank and model_dir and (model_dir / checkpoint.LORA).is_file():
+        is_model = any((out / name).exists() for name in checkpoint.COMPONENTS)
+        if is_model and not (out / "checkpoints").exists():
+            raise ValueError(f"--out {out} holds a model, which a new run would replace; choose another")
+        if model_dir and (model_dir / checkpoint.LORA).is_file():
             raise ValueError(f"{model_dir} is a base model with a LoRA, which would be left out; go on "
                              f"with --resume and --out {model_dir}, or give the base model")  # fmt: skip
         if options.resume:
@@ -197,7 +201,9 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
 def save(run: Run, keep: int, task, optim: Optim, is_lora: bool) -> None:
     """A checkpoint: folders like those of --model with EMA weights, and training/ with all else."""
     out, at = run.out, run.at
-    at.log_bytes = (out / "log.jsonl").stat().st_size if RANK == 0 else 0
+    if RANK == 0:
+        runtime.sync(out / "log.jsonl")  # or a power cut could leave less of it than the checkpoint says
+        at.log_bytes = (out / "log.jsonl").stat().st_size
     state = {"version": STATE_VERSION, "counters": dataclasses.asdict(at), "settings": run.settings}
     target = contextlib.nullcontext()
     if RANK == 0:
@@ -368,16 +374,26 @@ def validate(task, optim: Optim, feed: Feed, log: Log, step: int) -> None:
 
 
 def preview(task, optim: Optim, feed: Feed, path: Path, options: argparse.Namespace) -> None:
-    """Some held-out samples, as the averaged weights make them: PATH-0.gif and .png, …"""
-    for micro in feed.held_out_micros[: options.num_previews]:
-        shown = feed.held_out_loader.load(*micro.places()[0], feed.read)
-        with optim.averaged(), torch.compiler.set_stance("force_eager"):
-            frames = task.preview(shown, options.preview_steps)
-        name = f"{path}-{micro.number}"
-        if RANK == 0:
-            for ending in (".gif", ".png"):
-                write_video(frames, Path(name + ending), feed.config.fps)
-        say(f"{name}.gif and .png: {shown.caption}")
+    """Some held-out samples, as the averaged weights make them: PATH-0.gif and .png, …
+
+    The run goes on without them where they fail, for lack of memory say; not of several ranks, which might
+    wait for each other.
+    """
+    try:
+        for micro in feed.held_out_micros[: options.num_previews]:
+            shown = feed.held_out_loader.load(*micro.places()[0], feed.read)
+            with optim.averaged(), torch.compiler.set_stance("force_eager"):
+                frames = task.preview(shown, options.preview_steps)
+            name = f"{path}-{micro.number}"
+            if RANK == 0:
+                for ending in (".gif", ".png"):
+                    write_video(frames, Path(name + ending), feed.config.fps)
+            say(f"{name}.gif and .png: {shown.caption}")
+    except Exception as error:
+        message = runtime.in_one_line(error, "--num-previews 0 needs less")
+        if message is None or NUM_RANKS > 1:
+            raise
+        say(f"note: no preview: {message}")
 
 
 # ---------------------------------------------------------------- the command line
@@ -472,7 +488,7 @@ def make_config(args: argparse.Namespace) -> Config:
     names = {f.name for f in dataclasses.fields(Config)}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     if args.masks:
-        given["masks"] = {kind: MASK_KINDS[kind] for kind in args.masks}
+        given["masks"] = {kind: share for kind, share in MASK_KINDS.items() if kind in args.masks}
     config = replace(config, **given)
     if config.fps is None:
         dit = config.dit
@@ -521,14 +537,20 @@ def check_config(config: Config, args: argparse.Namespace) -> None:
                 f"{config.batch_size} for {NUM_RANKS} ranks; give --grad-accum a multiple of {NUM_RANKS}"
             )
     is_dit = config.train == "dit"
-    if not is_dit and (args.cache_latents or config.lora_rank):
-        raise ValueError("--cache-latents and --lora-rank are for --train dit; leave them out")
+    for name in ("cache_latents", "lora_rank", "in_channels", "masks", "offload"):
+        if not is_dit and getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for --train dit; leave it out")
     if config.keep_encoder and (is_dit or not args.model or args.from_scratch):
         raise ValueError("keep_encoder is for the VAE of a --model, with --train vae and no --from-scratch")
     if config.lora_rank and config.in_channels:
         raise ValueError("--lora-rank fine-tunes a transformer as it is; leave out --in-channels")
     if config.lora_alpha and not config.lora_rank:
         raise ValueError(f"--lora-alpha {config.lora_alpha} needs --lora-rank; give it, or leave both out")
+    choices = {"optimizer": OPTIMIZERS, "position": (None, *POSITIONS), "save_dtype": (None, *DTYPES)}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            listed = ", ".join(map(str, allowed))
+            raise ValueError(f"{name}={getattr(config, name)} is unknown; choose from {listed}")
     shares = config.masks.values()
     are_numbers = all(type(share) in (int, float) and 0 <= share < math.inf for share in shares)
     if not set(config.masks) <= set(MASK_KINDS) or not are_numbers or sum(shares) == 0:
@@ -545,6 +567,8 @@ def make_task(
         return Reconstruction(config, options.out, device, dtype)
     task = Denoising(config, options.out, device, dtype)
     check_records(files.records + files.held_out, task.kind)
+    if options.masks and task.kind != "inpaint":
+        raise ValueError(f"--masks is for inpaint models, this one is of kind {task.kind}; leave it out")
     captions = sorted({record.caption(record.num_frames) for record in files.records})
     length = task.dit.config.max_text_seq_length
     for line in data.caption_report(captions, task.models.tokenizer, length):
@@ -560,7 +584,7 @@ def check_records(records: list[Record], kind: str) -> None:
     for record in records:
         if kind == "control" and not record.read_control:
             raise ValueError(f"a control model needs a control_file_path for every sample: {record.name}")
-        if kind == "image" and record.num_frames == 1:
+        if kind == "image" and record.num_frames < 5:  # of which the VAE makes a lone latent frame
             raise ValueError(f"an image-to-video model learns from clips alone; remove {record.name}")
 
 
@@ -581,11 +605,14 @@ def run_command(argv: list[str] | None, signals: list[int]) -> bool:
     else:
         files = data.open_files(options.data, options.val_data, options.num_val, config.fps)
     if not files.records or not files.held_out:
-        raise ValueError("there are no samples to train on")
+        reasons = checkpoint.first_few(files.failures.values()) or "none is listed"
+        raise ValueError(f"there are no samples to train on, or none to hold out: {reasons}")
     settings = {"dtype": str(dtype)[6:], **dataclasses.asdict(config)}
     settings["digest of the training samples"] = data.digest(files.records)[:16]
     settings["digest of the held-out samples"] = data.digest(files.held_out)[:16]
     settings = json.loads(json.dumps(settings))  # as a checkpoint gives them back
+    if agree(settings) != settings:  # a file could not be opened there, say
+        raise ValueError(f"rank {RANK} has other settings or samples than rank 0; give all the same files")
     if RANK > 0:
         wait_for_ranks()  # until rank 0 has made the folder ready
     run = begin_or_resume(config, settings, options)

@@ -8,6 +8,7 @@ decoder has to give the clip at half its size. Latents that scale as pixels do a
 transformer. This file may be deleted; nothing else of training needs it.
 """
 
+import functools
 from pathlib import Path
 
 import torch
@@ -51,11 +52,11 @@ class Reconstruction:
 
     def __init__(self, config: Config, model_dir: Path, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self.dtype = config, device, dtype
+        self.autocast = functools.partial(autocast, device, dtype, keeps=True)  # each chunk uses all weights
         self.vae = VideoVAE.from_pretrained(model_dir, torch.float32, device)
         self.vae.encoder.requires_grad_(not config.keep_encoder)
         self.scaling_factor = self.vae.config.scaling_factor  # of the latents that are kept
-        self.vae.config.scaling_factor = 1.0  # until it is measured, see `save`
-        self.held_out: list[Tensor] = []  # pixels of the last validation, for `save` to measure on
+        self.vae.config.scaling_factor = 1.0  # of those that are learnt with
 
     def plan(self, phase: Phase) -> Plan:
         batch_tokens = self.config.batch_size * phase.max_tokens
@@ -72,7 +73,7 @@ class Reconstruction:
         """Reconstruction, decoded in Fun's chunks, + KL a latent number + EQ: b."""
         pixels = batch["pixels"]
         draws = micro.draws(self.config.seed, self.device)
-        with autocast(self.device, self.dtype):
+        with self.autocast():
             mean, logvar = (moment.float() for moment in self.vae.moments(pixels))
             noise = torch.randn(mean.shape, generator=draws, device=self.device)
             latents = self.vae.posterior(mean, logvar, noise)
@@ -81,46 +82,49 @@ class Reconstruction:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
         loss = reconstruction_losses(reconstructed, pixels) + self.config.kl_weight * kl
         if self.config.equivariance and micro.number % 2:  # every other one, as it costs a decoding more
-            with autocast(self.device, self.dtype):
+            with self.autocast():
                 smaller = self.vae.decode(halved(latents))
             loss = loss + self.config.equivariance * reconstruction_losses(smaller, halved(pixels))
         return loss
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
-        with autocast(self.device, self.dtype):
+        with self.autocast():
             return self.vae.encode(pixels).float()
 
     @torch.no_grad()
-    def reconstruct(self, pixels: Tensor) -> Tensor:
-        with autocast(self.device, self.dtype):
-            return self.vae.decode(self.latents(pixels)).float().clamp(-1, 1)
+    def decoded(self, latents: Tensor) -> Tensor:
+        with self.autocast():
+            return self.vae.decode(latents).float().clamp(-1, 1)
 
     def validate(self, held_out: list[tuple[Batch, Micro]]) -> dict[str, float]:
-        """PSNR in dB on held-out samples, the mean over all of them and over each size."""
-        self.held_out = [batch["pixels"] for batch, _ in held_out]
+        """PSNR in dB on held-out samples, the mean over all of them and over each size. What is saved from
+        now on gets the scaling factor that gives their latents a standard deviation of 1."""
         found: dict[str, list[float]] = {}
-        for pixels in self.held_out:
-            mse = (self.reconstruct(pixels) - pixels).square().mean()
+        numbers = []
+        for batch, _ in held_out:
+            pixels = batch["pixels"]
+            latents = self.latents(pixels)
+            numbers.append(latents.flatten())
+            mse = (self.decoded(latents) - pixels).square().mean()
             psnr = (10 * torch.log10(4 / mse)).item()
             height, width = pixels.shape[3:]
             for name in ("psnr", f"psnr_{height}x{width}"):
                 found.setdefault(name, []).append(psnr)
+        if not self.config.keep_encoder:
+            self.scaling_factor = round(1 / torch.cat(numbers).std().item(), 6)
         return {name: sum(values) / len(values) for name, values in sorted(found.items())}
 
     def preview(self, shown: Sample, num_steps: int):
         """A sample above its reconstruction, uint8 f h w 3."""
         pixels = self.encode([shown])["pixels"]
-        return to_uint8(torch.cat([pixels, self.reconstruct(pixels)], dim=3)[0])
+        reconstructed = self.decoded(self.latents(pixels))
+        return to_uint8(torch.cat([pixels, reconstructed], dim=3)[0])
 
     def weights(self) -> dict[str, Tensor]:
         return {}  # none are cut over ranks
 
     def save(self, folder: Path, _) -> None:
-        """With a scaling factor that gives the latents of the held-out samples a standard deviation of 1."""
-        if not self.config.keep_encoder and self.held_out:  # a resumed run may be saved before it validates
-            latents = torch.cat([self.latents(pixels).flatten() for pixels in self.held_out])
-            self.scaling_factor = round(1 / latents.std().item(), 6)
         self.vae.config.scaling_factor = self.scaling_factor
         self.vae.save_pretrained(folder)
         self.vae.config.scaling_factor = 1.0

@@ -65,7 +65,7 @@ def task_and_records(clips: Path, model: Path = INPAINT, *options: str) -> tuple
 
 def cache_for(task: train_dit.Denoising, records: list, folder: Path | None, plan: Plan = PLAN):
     """As in a run; folder: None for the device."""
-    loader = data.Loader(records, num_workers=2, say=lambda line: None)
+    loader = data.Loader(records, num_workers=2)
     return task.cache(loader, plan, folder, cache.content_digests(records))
 
 

@@ -160,15 +160,13 @@ def test_a_saved_state_goes_on_to_the_same_bytes(tmp_path, optimizer, ema_decay,
 
 
 def test_the_next_phase_goes_on_with_moments_and_average():
-    """And what learns no more becomes its average."""
-    goes_on, ends = nn.Linear(3, 2), nn.Linear(3, 2)
-    before = optim_of({"dit": goes_on, "t5": ends})
+    goes_on = nn.Linear(3, 2)
+    before = optim_of({"dit": goes_on, "t5": nn.Linear(3, 2)})
     for number in range(2):
         step(before, number)
     averages = {name: average.clone() for name, average in before.ema.items()}
     after = optim_of({"dit": goes_on})
     after.inherit(before)
-    assert torch.equal(ends.weight, averages["t5/weight"])
     assert torch.equal(after.ema["dit/weight"], averages["dit/weight"])
     assert after.moments["dit/weight"]["step"] == 2
     step(after, 2)

@@ -21,7 +21,7 @@ import sharding
 import train
 import train_dit
 import train_vae
-from checkpoint import newest_checkpoint
+from checkpoint import newest_checkpoint, save_weights
 from data import Micro, Plan, Record, Sample, load_sample, pixels_of
 from diffusion import Schedule
 from lora import load_lora
@@ -327,6 +327,31 @@ def test_what_a_run_leaves_can_be_rounded_and_its_checkpoint_goes_on_from_all_di
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_weights_that_came_in_shards_become_what_was_learnt(tmp_path):
+    """The index of the shards, which comes before a single file in loading, is not left behind."""
+    model = tmp_path / "model"
+    shutil.copytree(INPAINT, model)
+    start = load_file(INPAINT / TRANSFORMER)
+    save_weights(start, model / "transformer", "diffusion_pytorch_model", max_shard_bytes=500_000)
+    assert len(list((model / "transformer").glob("*.safetensors"))) > 1
+    assert run(tmp_path / "out", "--num-steps", 1, model=model) == 0
+    now = VideoTransformer.from_pretrained(tmp_path / "out").state_dict()
+    assert not all(torch.equal(weight, now[name]) for name, weight in start.items())
+    assert run(tmp_path / "whole", "--num-steps", 2) == 0
+    assert run(tmp_path / "out", "--num-steps", 2, "--resume", model=model) == 0
+    assert (tmp_path / "whole" / TRANSFORMER).read_bytes() == (tmp_path / "out" / TRANSFORMER).read_bytes()
+
+
+def test_a_run_that_keeps_samples_on_the_device_resumes_to_the_byte(tmp_path):
+    """Though it asks for other samples then, which T5 is told together with others."""
+    fields = {"cached_draws": 1, "keep_on_device": "true", "num_shapes": 30}
+    options = ["--phase", 3]
+    assert run(tmp_path / "whole", *options, "--num-steps", 4, **fields) == 0
+    assert run(tmp_path / "parts", *options, "--num-steps", 2, **fields) == 0
+    assert run(tmp_path / "parts", *options, "--num-steps", 4, "--resume", **fields) == 0
+    assert (tmp_path / "whole" / TRANSFORMER).read_bytes() == (tmp_path / "parts" / TRANSFORMER).read_bytes()
+
+
 def test_phases_follow_each_other_and_resume_across_the_border(tmp_path):
     """In tiny's first phase the text encoder learns; afterwards it stays what the checkpoint says."""
     options = ["--phase-steps", 1, 1, 1]
@@ -376,7 +401,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
     message = capsys.readouterr().err
     assert "step 1:" in message and "not finite" in message
     assert 2 <= message.count(".mp4") <= 4  # of this step alone: two micro-batches, each of up to two
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert newest_checkpoint(tmp_path / "out") is None
     start = load_file(INPAINT / TRANSFORMER)
     now = load_file(tmp_path / "out" / TRANSFORMER)
     assert all(torch.equal(weight, start[name]) for name, weight in now.items())
@@ -388,11 +413,41 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
         (["--lora-rank", 4, "--in-channels", 33], "--in-channels"),  # the file would lack the new channels
         (["--model", IMAGE], "clips alone"),
         (["--set", "keep_encoder=true"], "keep_encoder"),
+        (["--from-scratch", "--lora-rank", 2], "--lora-rank fine-tunes"),  # of zeros it would learn nothing
+        (["--set", "optimizer=Muon"], "optimizer=Muon is unknown"),
+        (["--set", "save_dtype=int8"], "save_dtype=int8 is unknown"),
     ],
 )
 def test_a_run_that_would_not_learn_what_was_asked_does_not_begin(tmp_path, capsys, options, message):
     assert run(tmp_path, "--num-steps", 1, *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_there_is_not_replaced_by_a_new_run(tmp_path, half, capsys):
+    """As one whose checkpoints were removed, to make room; a run killed before its first one begins anew."""
+    shutil.rmtree(half / "checkpoints")
+    before = (half / TRANSFORMER).read_bytes()
+    assert run(half, "--num-steps", 1, "--resume") == 2
+    assert "holds a model" in capsys.readouterr().err and (half / TRANSFORMER).read_bytes() == before
+    (half / "checkpoints").mkdir()
+    assert run(half, "--num-steps", 1) == 0
+
+
+def test_ranks_that_see_other_samples_do_not_begin(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "agree", lambda settings: settings | {"digest of the training samples": "0"})
+    assert run(tmp_path, "--num-steps", 1) == 2
+    assert "other settings or samples than rank 0" in capsys.readouterr().err
+
+
+def test_a_preview_that_fails_does_not_end_a_run(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_dit.Denoising, "preview", fail)
+    options = ["--num-previews", 1, "--preview-every", 1]
+    assert run(tmp_path, *options, "--num-steps", 2) == 0
+    assert capsys.readouterr().out.count("no preview: out of memory") == 2
+    assert newest_checkpoint(tmp_path).name == "step-000002"
 
 
 # ---------------------------------------------------------------- learning
@@ -700,3 +755,15 @@ def test_flags_replace_the_presets_values():
 def test_the_preset_knows_how_many_words_the_drawn_world_has():
     """By heart, since shapes.py may be deleted."""
     assert presets.TINY.t5.vocab_size == shapes.make_tokenizer().get_vocab_size()
+
+
+def test_weights_with_the_host_learn_what_others_do_also_behind_a_validation(tmp_path):
+    """FSDP lets the outermost weights lie gathered: a step must not meet the averaged ones there. 1e-5: the
+    gradient's length is summed in another order."""
+    options = ["--num-steps", 2, "--val-every", 1, "--lr", 1e-2]
+    found = []
+    for offload in ([], ["--offload"]):
+        out = tmp_path / f"{len(offload)}"
+        assert run(out, *options, *offload, ema_decay=0.9) == 0
+        found.append([line["loss"] for line in entries(out) if "loss" in line])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
