@@ -14,6 +14,7 @@ from conftest import GOLDENS, assert_close, expected
 from safetensors.torch import load_file
 from torch import Tensor
 
+import checkpoint
 import data
 import presets
 import shapes
@@ -327,12 +328,14 @@ def test_what_a_run_leaves_can_be_rounded_and_its_checkpoint_goes_on_from_all_di
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_weights_that_came_in_shards_become_what_was_learnt(tmp_path):
+def test_weights_that_came_in_shards_become_what_was_learnt(tmp_path, monkeypatch):
     """The index of the shards, which comes before a single file in loading, is not left behind."""
     model = tmp_path / "model"
     shutil.copytree(INPAINT, model)
     start = load_file(INPAINT / TRANSFORMER)
-    save_weights(start, model / "transformer", "diffusion_pytorch_model", max_shard_bytes=500_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "MAX_SHARD_BYTES", 500_000)
+        save_weights(start, model / "transformer", "diffusion_pytorch_model")
     assert len(list((model / "transformer").glob("*.safetensors"))) > 1
     assert run(tmp_path / "out", "--num-steps", 1, model=model) == 0
     now = VideoTransformer.from_pretrained(tmp_path / "out").state_dict()
