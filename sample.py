@@ -229,7 +229,7 @@ def generate_each(models: Models, requests: list[Request], known: Known) -> Iter
 # ---------------------------------------------------------------- what is said before the start
 
 
-def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
+def estimate_bytes(models: Models, latents: tuple[int, ...], tiled: bool = False) -> dict[str, int]:
     """Peak memory of each stage, weights and activations, for latents b c f' h' w'.
 
     Activations are maps of the VAE's widest layers and tokens of the transformer's width, so many times as
@@ -240,7 +240,11 @@ def estimate_bytes(models: Models, latents: tuple[int, ...]) -> dict[str, int]:
     _, _, f, h, w = latents
     tokens = num_tokens(4 * f - 3, 8 * h, 8 * w, config.patch_size_t or 1)
     at_once = 2 if tokens <= SMALL_TOKENS else 1
-    pixel_map = models.vae_config.block_out_channels[1] * 64 * h * w * size
+    area = h * w
+    if tiled:
+        _, tile = models.vae_config.tiles
+        area = min(h, tile[0]) * min(w, tile[1])
+    pixel_map = models.vae_config.block_out_channels[1] * 64 * area * size
     token_map = at_once * (config.max_text_seq_length + tokens) * config.dim * size
     weights = {name: count * size for name, count in models.num_parameters.items()}
     if models.low_memory:
@@ -263,7 +267,7 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     config = models.config
     latents = latent_shape(config, known)
     tokens = num_tokens(known.num_frames, known.height, known.width, config.patch_size_t or 1)
-    needs = estimate_bytes(models, latents)
+    needs = estimate_bytes(models, latents, request.tiled)
     memory = ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
     dtype = models.dtype_name + (", matrices as float8" if models.low_memory else "")
     notes = [*known.notes, *prompt_notes(models, requests)]

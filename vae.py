@@ -69,6 +69,17 @@ class VAEConfig:
             use_post_quant_conv=(False,),
         )
 
+    @property
+    def tiles(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width of a tile, in pixels and in latents.
+
+        Half the sample size, down to a multiple of 48×40, which it is in official files: a sixth and a fifth
+        of it are whole latents. Of other sizes the reference's tiles do not meet.
+        """
+        height = 48 * max(self.sample_height // 96, 1)
+        width = 40 * max(self.sample_width // 80, 1)
+        return (height, width), (height // 8, width // 8)
+
 
 # ---------------------------------------------------------------- layers
 
@@ -321,7 +332,8 @@ def run_chunks(network: nn.Module, x: Tensor, chunks: list[int]) -> Iterator[Ten
 def run_tiles(
     network: nn.Module, x: Tensor, chunks: list[int], size: tuple[int, int], out: tuple[int, int]
 ) -> Iterator[Tensor]:
-    """The same on overlapping tiles of a larger picture; each goes through its chunks by itself.
+    """The same on overlapping tiles of a larger picture, one after the other, each through all its chunks: so
+    layers remember one tile, and only the results of all tiles are held until they are joined.
 
     size, out: height and width of a tile going in and coming out
     Tiles overlap by a sixth of their height and a fifth of their width, as in the reference.
@@ -334,10 +346,10 @@ def run_tiles(
     for top in range(0, height, size[0] - size[0] // 6):
         strip = x[:, :, :, top : top + size[0]]
         lefts = range(0, width, size[1] - size[1] // 5)
-        grid.append([run_chunks(network, strip[..., left : left + size[1]], chunks) for left in lefts])
+        grid.append([list(run_chunks(network, strip[..., left : left + size[1]], chunks)) for left in lefts])
     overlap = out[0] // 6, out[1] // 5
     for _ in chunks:
-        rows = [[next(tile) for tile in row] for row in grid]
+        rows = [[tile.pop(0) for tile in row] for row in grid]
         yield join_tiles(rows, overlap, keep=(out[0] - overlap[0], out[1] - overlap[1]))
 
 
@@ -413,16 +425,6 @@ class VideoVAE(nn.Module):
     def device(self) -> torch.device:
         return self.encoder.conv_in.conv.weight.device
 
-    def _tile_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Height and width of a tile, in pixels and in latents.
-
-        Half the sample size, down to a multiple of 48×40, which it is in official files: a sixth and a fifth
-        of it are whole latents. Of other sizes the reference's tiles do not meet.
-        """
-        height = 48 * max(self.config.sample_height // 96, 1)
-        width = 40 * max(self.config.sample_width // 80, 1)
-        return (height, width), (height // 8, width // 8)
-
     def moments(self, pixels: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor]:
         """The posterior's mean and log-variance, not scaled, not clamped.
 
@@ -437,7 +439,7 @@ class VideoVAE(nn.Module):
         pixels = pixels.to(self.device, self.dtype).contiguous()
         chunks = encode_chunks(pixels.shape[2])
         if tiled:
-            tile, latent_tile = self._tile_sizes()
+            tile, latent_tile = self.config.tiles
             encoded = run_tiles(self.encoder, pixels, chunks, size=tile, out=latent_tile)
         else:
             encoded = run_chunks(self.encoder, pixels, chunks)
@@ -476,14 +478,15 @@ class VideoVAE(nn.Module):
     def decode_stream(
         self, latents: Tensor, tiled: bool = False, first_alone: bool = True
     ) -> Iterator[Tensor]:
-        """Like `decode`, but yields b 3 k h w as soon as k frames are ready, in memory independent of f'."""
+        """Like `decode`, but yields b 3 k h w as soon as k frames are ready, in memory independent of f'; in
+        tiles only the frames are joined one chunk at a time."""
         yield from self._decoded_chunks(latents, tiled, first_alone)
 
     def _decoded_chunks(self, latents: Tensor, tiled: bool, first_alone: bool) -> Iterator[Tensor]:
         z = latents.to(self.device, self.dtype) / self.config.scaling_factor
         chunks = decode_chunks(z.shape[2], first_alone)
         if tiled:
-            tile, latent_tile = self._tile_sizes()
+            tile, latent_tile = self.config.tiles
             return run_tiles(self.decoder, z, chunks, size=latent_tile, out=tile)
         return run_chunks(self.decoder, z, chunks)
 

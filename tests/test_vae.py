@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDENS, VARIANTS, assert_close, expected
 
-from vae import VAEConfig, VideoVAE
+from vae import VAEConfig, VideoVAE, run_tiles
 
 FP32 = 2e-5  # outputs are of order 1 and pass some 60 layers; we measured at most 2.3e-6
 
@@ -71,6 +71,20 @@ def test_tiles_meet_whatever_the_sample_size():
     assert in_tiles.shape == whole.shape
     assert F.cosine_similarity(in_tiles.flatten(), whole.flatten(), dim=0) > 0.6  # one latent off: 0.2
     assert vae.decode(whole, tiled=True).shape == pixels.shape
+
+
+def test_tiles_are_worked_through_one_after_the_other():
+    """So layers never remember more than one."""
+    seen = []
+
+    def network(chunk, cache):
+        seen.append((cache.setdefault("left", chunk[0, 0, 0, 0, 0].item()), chunk.shape[2]))
+        return chunk.clone()
+
+    x = torch.arange(80.0).expand(1, 1, 3, 40, 80)
+    joined = torch.cat(list(run_tiles(network, x, [1, 2], size=(48, 40), out=(48, 40))), dim=2)
+    assert seen == [(left, frames) for left in (0, 32, 64) for frames in (1, 2)]
+    assert_close(joined, x, 1e-5)
 
 
 @pytest.mark.parametrize("first_alone", [True, False])
