@@ -168,7 +168,8 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
     newest = checkpoint.newest_checkpoint(out)
     if not newest:
         is_model = any((out / name).exists() for name in checkpoint.COMPONENTS)
-        if is_model and not (out / "checkpoints").exists():
+        is_start = model_dir and out.resolve() == model_dir.resolve()
+        if is_start or (is_model and not (out / "checkpoints").exists()):
             raise ValueError(f"--out {out} holds a model, which a new run would replace; choose another")
         if model_dir and (model_dir / checkpoint.LORA).is_file():
             raise ValueError(f"{model_dir} is a base model with a LoRA, which would be left out; go on "

@@ -35,8 +35,8 @@ LARGE = TransformerConfig(
 
 def test_a_process_takes_what_the_start_says(tmp_path):
     """LoRA of rank 64 on a tenth of a billion frozen numbers: beyond what a process takes for a tiny
-    model, within a twelfth, as short-lived copies are not counted; the allocator gives large blocks back at
-    once here, as gaps would count."""
+    model, within a twelfth, as what the CPU's kernels keep for themselves is not counted; the allocator gives
+    large blocks back at once here, as gaps would count."""
     golden, model = (shutil.copytree(GOLDENS / "fun-2b-inp", tmp_path / name) for name in ("golden", "model"))
     shutil.rmtree(model / "transformer")
     with torch.device("meta"):

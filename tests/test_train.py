@@ -433,6 +433,7 @@ def test_a_model_that_is_there_is_not_replaced_by_a_new_run(tmp_path, half, caps
     assert run(half, "--num-steps", 1, "--resume") == 2
     assert "holds a model" in capsys.readouterr().err and (half / TRANSFORMER).read_bytes() == before
     (half / "checkpoints").mkdir()
+    assert run(half, "--num-steps", 1, model=half) == 2  # it would remove what it starts from
     assert run(half, "--num-steps", 1) == 0
 
 
