@@ -1,6 +1,5 @@
 """cache.py: it keeps what the networks say, serves nothing stale, and when full asks them for nothing."""
 
-import itertools
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
-from test_train import CONTROL, INPAINT, TRANSFORMER, entries
+from test_train import CONTROL, INPAINT, TRANSFORMER, assert_same_bytes, entries, killed_after
 from test_train import run as run_small
 
 import cache
@@ -24,14 +23,12 @@ from sizes import Bucket
 from text_encoder import T5Encoder
 from vae import VideoVAE
 
-OPTIONS = ["--batch-size", 2, "--grad-accum", 1, "--num-steps", 4, "--val-every", 2, "--num-workers", 2]
-OPTIONS += ["--phase", 3]  # the text encoder learns before it
+OPTIONS = ["--batch-size", 2, "--grad-accum", 1, "--num-steps", 4, "--num-workers", 2]
 PLAN = Plan((32,), max_tokens=8, batch_tokens=16, max_frames=5)
 
 
-def run(out: Path, clips: Path, folder: Path, *options, model: Path = INPAINT) -> int:
-    options = ["--data", clips, "--cache-latents", folder, *OPTIONS, *options]
-    return run_small(out, *options, model=model, cached_draws=1)
+def run(out: Path, clips: Path, folder: Path, *options) -> int:
+    return run_small(out, "--data", clips, "--cache-latents", folder, *OPTIONS, *options, cached_draws=1)
 
 
 @pytest.fixture
@@ -44,9 +41,8 @@ def clips(tmp_path) -> Path:
         names = [f"{kind}{i}.{ending}" for kind in ("clip", "control")]
         for name in names:
             write_video(random.integers(0, 255, (frames, 32, 32, 3), np.uint8), folder / name)
-        kind = "image" if ending == "png" else "video"
-        files = {"file_path": names[0], "control_file_path": names[1]}
-        items.append({**files, "text": f"clip {i}", "type": kind})
+        items.append(dict(zip(("file_path", "control_file_path"), names)))
+        items[-1] |= {"text": f"clip {i}", "type": "image" if ending == "png" else "video"}
     (folder / "meta.json").write_text(json.dumps(items))
     return folder / "meta.json"
 
@@ -78,66 +74,55 @@ def micros_of(records: list, num_epochs: int) -> list[Micro]:
 # ---------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("model", [INPAINT, CONTROL], ids=["inpaint", "control"])
-def test_a_full_cache_gives_the_same_run_and_asks_the_networks_for_nothing(
-    tmp_path, clips, monkeypatch, capsys, model
+def test_a_run_resumed_with_a_full_cache_ends_with_the_same_bytes_and_asks_the_networks_for_nothing(
+    tmp_path, clips, monkeypatch, capsys
 ):
     """Held-out samples included: neither VAE nor T5 is loaded. They are let go before the first step."""
-    folder, losses, loaded = tmp_path / "cache", train_dit.Denoising.losses, []
+    losses, loaded = train_dit.Denoising.losses, []
 
     def watched(self, batch, micro):
         loaded.extend(self.models.loaded)
         return losses(self, batch, micro)
 
     monkeypatch.setattr(train_dit.Denoising, "losses", watched)
-    assert run(tmp_path / "filling", clips, folder, model=model) == 0
+    whole, options = tmp_path / "whole", [clips, tmp_path / "cache", "--phase", 3, "--save-every", 3]
+    assert run(whole, *options) == 0
     assert "\n4 samples encoded" in capsys.readouterr().out
     assert not loaded
-    before = files(folder)
+    before = files(tmp_path / "cache")
     for network in (VideoVAE, T5Encoder):
         monkeypatch.setattr(network, "from_pretrained", None)
-    assert run(tmp_path / "full", clips, folder, model=model) == 0
+    again = killed_after(3, whole)
+    assert run(again, *options, "--resume") == 0
     assert "\n0 samples encoded" in capsys.readouterr().out
-    assert entries(tmp_path / "full") == entries(tmp_path / "filling")
-    assert before == files(folder)
-
-
-def test_a_resumed_run_with_a_cache_ends_with_the_same_bytes(tmp_path, clips):
-    assert run(tmp_path / "whole", clips, tmp_path / "cache") == 0
-    assert run(tmp_path / "parts", clips, tmp_path / "cache", "--num-steps", 3) == 0
-    assert run(tmp_path / "parts", clips, tmp_path / "cache", "--resume") == 0
-    assert (tmp_path / "whole" / TRANSFORMER).read_bytes() == (tmp_path / "parts" / TRANSFORMER).read_bytes()
+    assert_same_bytes(whole, again, TRANSFORMER)
+    assert entries(whole) == entries(again)
+    assert before == files(tmp_path / "cache")
 
 
 def test_while_the_text_encoder_learns_its_output_is_not_kept(tmp_path, clips):
     """Ids are, and behind its last phase what it says then, not what it said before."""
-    options = [clips, tmp_path / "cache", "--phase", 2, "--phase-steps", 1, 2, 2, "--lr", 1e-2]
-
-    def kept() -> list[torch.Tensor]:
-        entries = (load_file(path) for path in files(tmp_path / "cache"))
-        return [entry["text"] for entry in entries if "text" in entry]
-
-    assert run(tmp_path / "out", *options, "--num-steps", 2) == 0
-    assert kept() and not any(text.is_floating_point() for text in kept())
-    ids = torch.stack(kept())
-    assert run(tmp_path / "out", *options, "--num-steps", 4, "--resume") == 0
-    assert run(tmp_path / "at once", *options, "--num-steps", 4) == 0
-    assert entries(tmp_path / "out")[-1] == entries(tmp_path / "at once")[-1]
-    texts = [text for text in kept() if text.is_floating_point()]
-    assert len(texts) == len(ids)  # both runs found the same ones
-    learnt = tmp_path / "out/checkpoints/step-000002"
+    whole, options = tmp_path / "whole", [clips, tmp_path / "cache", "--phase-steps", 1, 2, 2, "--lr", 1e-2]
+    assert run(whole, *options, "--phase", 2) == 0
+    kept = [load_file(path).get("text") for path in files(tmp_path / "cache")]
+    texts = [text for text in kept if text is not None and text.is_floating_point()]
+    ids = torch.stack([text for text in kept if text is not None and not text.is_floating_point()])
+    assert len(texts) == len(ids) > 0
+    learnt = whole / "checkpoints/step-000002"
     with torch.no_grad():
         now, before = (T5Encoder.from_pretrained(path)(ids) for path in (learnt, INPAINT))
     for text in texts:  # 1e-5: encoded in another batch
         assert (text - now).abs().amax((1, 2)).min() < 1e-5
         assert (text - before).abs().amax((1, 2)).min() > 0.1
+    again = killed_after(2, whole)
+    assert run(again, *options, "--phase", 2, "--resume") == 0
+    assert entries(whole) == entries(again)
 
 
 # ---------------------------------------------------------------- entries
 
 
-@pytest.mark.parametrize("model", [INPAINT, CONTROL], ids=["inpaint", "control"])
-@pytest.mark.parametrize("home", ["disk", "device"])
+@pytest.mark.parametrize("model, home", [(INPAINT, "disk"), (CONTROL, "disk"), (INPAINT, "device")])
 def test_entries_are_what_the_networks_say(tmp_path, clips, model, home):
     task, records = task_and_records(clips, model)
     kept = cache_for(task, records, tmp_path / "cache" if home == "disk" else None)
@@ -177,17 +162,11 @@ def test_damaged_entries_are_made_anew(tmp_path, clips):
     """What a kill or a full disk leaves: files of a wrong length. Nobody looks for flipped bits."""
     task, records = task_and_records(clips)
     kept, micros = cache_for(task, records, tmp_path), micros_of(records, num_epochs=1)
-    kept.fill(micros)
+    assert kept.fill(micros) == 4
     whole = {path: path.read_bytes() for path in files(tmp_path)}
-    damages = [
-        lambda content: b"",
-        lambda content: content[:-1],
-        lambda content: content + b"x",
-        lambda content: b"\0" * len(content),
-    ]
-    assert len(whole) >= len(damages)
-    for damage, (path, content) in zip(itertools.cycle(damages), whole.items()):
-        path.write_bytes(damage(content))
+    for i, (path, content) in enumerate(whole.items()):
+        damaged = [b"", content[:-1], content + b"x", b"\0" * len(content)]
+        path.write_bytes(damaged[i % 4])
     assert kept.fill(micros) == 4
     assert {path: path.read_bytes() for path in files(tmp_path)} == whole
 
