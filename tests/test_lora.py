@@ -249,32 +249,26 @@ MODEL = GOLDENS / "fun-2b-inp"
 
 def sampled(path, *argv: object) -> torch.Tensor:
     """The latents a run of sample.py leaves."""
-    flags = ["--seed=1", "--num-steps=2", "--num-frames=1", "--quiet", "--out", path.with_suffix(".png")]
+    flags = ["--seed=1", "--num-steps=2", "--num-frames=1", "--out", path.with_suffix(".png")]
     assert sample.main(["a cat", *map(str, flags), *map(str, argv)]) == 0
     return load_file(path.with_suffix(".safetensors"))["latents"]
 
 
-def test_sampling_with_several_loras_is_sampling_with_the_merged_model(tmp_path):
-    merged = VideoTransformer.from_pretrained(MODEL)
-    files = [tmp_path / "one.safetensors", tmp_path / "two:2.safetensors"]  # a colon is no weight
-    for file, weight in zip(files, (0.4321987, 1.0)):
-        save_lora(trained(VideoTransformer.from_pretrained(MODEL)), file)
-        load_lora(merged, file, weight)
-    shutil.copytree(MODEL, tmp_path / "merged")
-    merged.save_pretrained(tmp_path / "merged")
-    with_loras = sampled(tmp_path / "a", "--model", MODEL, "--lora", f"{files[0]}:0.4321987", files[1])
-    assert torch.equal(with_loras, sampled(tmp_path / "b", "--model", tmp_path / "merged"))
-    assert not torch.equal(with_loras, sampled(tmp_path / "c", "--model", MODEL))
-    again = json.loads((tmp_path / "a.json").read_text())["lora"]
-    assert torch.equal(with_loras, sampled(tmp_path / "d", "--model", MODEL, "--lora", *again))
-
-
-def test_the_lora_of_a_run_is_found_in_its_folder_and_named_where_it_lies_unused(tmp_path, capsys):
+def test_sampling_with_several_loras_is_sampling_with_the_merged_model(tmp_path, capsys):
+    """One of them is found in the folder of its run, where sampling without it says that it lies unused."""
     run = shutil.copytree(MODEL, tmp_path / "run")
-    file = run / "lora.safetensors"
-    save_lora(trained(VideoTransformer.from_pretrained(MODEL)), file)
-    of_folder = sampled(tmp_path / "a", "--model", run, "--lora", f"{run}:0.5")
-    assert torch.equal(of_folder, sampled(tmp_path / "b", "--model", MODEL, "--lora", f"{file}:0.5"))
-    argv = ["x", "--model", run, "--out", tmp_path / "x.png", "--num-frames", 1, "--num-steps", 1]
-    assert sample.main(list(map(str, argv))) == 0
+    files = [tmp_path / "one.safetensors", tmp_path / "two:2.safetensors", run / "lora.safetensors"]
+    named = [f"{files[0]}:0.4321987", files[1], f"{run}:0.5"]  # a colon in a name is no weight
+    model = VideoTransformer.from_pretrained(MODEL)
+    for file, weight in zip(files, (0.4321987, 1.0, 0.5)):
+        save_lora(trained(VideoTransformer.from_pretrained(MODEL)), file)
+        load_lora(model, file, weight)
+    merged = shutil.copytree(MODEL, tmp_path / "merged")
+    model.save_pretrained(merged)
+    with_loras = sampled(tmp_path / "a", "--model", run, "--lora", *named)
+    assert torch.equal(with_loras, sampled(tmp_path / "b", "--model", merged))
+    again = json.loads((tmp_path / "a.json").read_text())["lora"]
+    assert torch.equal(with_loras, sampled(tmp_path / "c", "--model", MODEL, "--lora", *again))
+    assert "is not used" not in capsys.readouterr().out
+    assert not torch.equal(with_loras, sampled(tmp_path / "d", "--model", run))
     assert "lora.safetensors of this folder is not used" in capsys.readouterr().out
