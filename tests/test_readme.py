@@ -23,27 +23,19 @@ from transformer import TransformerConfig, position_rule
 from vae import VideoVAE, decode_chunks, encode_chunks
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FACTS = (ROOT / "docs/facts.md").read_text(encoding="utf-8")
-CARD = (ROOT / "checkpoints/tiny/README.md").read_text(encoding="utf-8")
-QUESTIONS, SPEED, DIFFERENCES = (
-    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    for name in ("questions", "speed", "differences")
-)
-ALL = "\n".join([README, FACTS, QUESTIONS, SPEED, DIFFERENCES, CARD])
+PLACES = ["README.md", *(f"docs/{name}.md" for name in ("facts", "questions", "speed", "differences"))]
+PLACES += ["checkpoints/tiny/README.md"]
+TEXTS = {place: (ROOT / place).read_text(encoding="utf-8") for place in PLACES}
+README, FACTS = TEXTS["README.md"], TEXTS["docs/facts.md"]
+ALL = "\n".join(TEXTS.values())
 PROSE = re.sub(r"```.*?```", "", ALL, flags=re.DOTALL)
 
 
 def table(first_header: str) -> list[dict[str, str]]:
     """The rows of the table of docs/facts.md whose header line begins so, as {header: cell}, no backticks."""
-    lines = FACTS.replace("`", "").splitlines()
-    [start] = [i for i, line in enumerate(lines) if line.startswith(first_header)]
-    rows = []
-    for line in [lines[start], *lines[start + 2 :]]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    [text] = [text for text in FACTS.replace("`", "").split("\n\n") if text.startswith(first_header)]
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def numbers(cell: str) -> list[int]:
@@ -280,13 +272,9 @@ def test_every_file_and_name_in_backticks_exists():
 
 
 def test_every_link_leads_somewhere():
-    for folder, text in (
-        ("", README),
-        ("docs", FACTS + QUESTIONS + SPEED + DIFFERENCES),
-        ("checkpoints/tiny", CARD),
-    ):
+    for place, text in TEXTS.items():
         for target in re.findall(r"\]\(([^)#]+)", text):
-            assert target.startswith("https://") or (ROOT / folder / target).exists(), target
+            assert target.startswith("https://") or ((ROOT / place).parent / target).exists(), target
 
 
 def test_every_flag_is_in_the_help_of_its_program(capsys):
@@ -312,17 +300,15 @@ def test_every_training_command_asks_for_a_run_that_can_be(monkeypatch):
     count = 0
     for words in commands(ALL):
         if "train.py" in words:
-            ranks = 1
-            if words[0] == "torchrun":
-                ranks = int(words[1].removeprefix("--nproc_per_node="))
-            monkeypatch.setattr(train, "NUM_RANKS", ranks)
+            ranks = words[1].removeprefix("--nproc_per_node=") if words[0] == "torchrun" else 1
+            monkeypatch.setattr(train, "NUM_RANKS", int(ranks))
             train.make_config(train.parse(words[words.index("train.py") + 1 :]))
             count += 1
     assert count >= 8
 
 
-@pytest.mark.parametrize("name", ["README", "CARD"])
-def test_the_sampling_commands_run(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place, at_least", [("README.md", 18), ("checkpoints/tiny/README.md", 5)])
+def test_the_sampling_commands_run(place, at_least, tmp_path, monkeypatch):
     """All of them, one after the other in a new folder, in fewer steps; what is not there is not sampled."""
     for folder in ("tests", "checkpoints"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -335,19 +321,20 @@ def test_the_sampling_commands_run(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample, "write_video", keep)
     count = 0
-    for words in commands(globals()[name]):
+    for words in commands(TEXTS[place]):
         is_there = not any(word.startswith(("alibaba-pai", "runs")) for word in words)
         if words[:2] == ["python", "sample.py"] and is_there:
             before = set(tmp_path.rglob("*.*"))
-            steps = "2" if "--strength" in words else "1"
-            fewer = [] if "--from-latents" in words else ["--num-steps", steps]
-            if name == "CARD" and "--video" not in words:
+            fewer = ["--num-steps", "2" if "--strength" in words else "1"]
+            if place != "README.md" and "--video" not in words:
                 fewer += ["--num-frames", "5"]
+            if "--from-latents" in words:
+                fewer = []
             assert sample.main([*words[2:], "--quiet", *fewer]) == 0, words
             assert len(set(tmp_path.rglob("*.*")) - before) >= 2, words  # a video and its record
             count += 1
-    assert count >= {"README": 18, "CARD": 5}[name]
-    if name == "README":
+    assert count >= at_least
+    if place == "README.md":
         assert np.array_equal(frames["again.mp4"], frames["clip.mp4"])
         assert len(frames["v15.mp4"]) == 21 and len(frames["picture.png"]) == 1
 

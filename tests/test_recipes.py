@@ -19,7 +19,7 @@ STAND_INS = {
     "THUDM/CogVideoX1.5-5B-I2V": "cogvideox-1.5-5b-i2v",
 }
 SMALL = "--resolutions 32 --max-tokens 18 --num-frames 9 --batch-size 1 --grad-accum 2 --lr 2e-2".split()
-SMALL += "--num-val 2 --num-previews 0 --num-workers 1 --dtype float32 --device cpu".split()
+SMALL += "--num-val 1 --num-previews 0 --num-workers 1 --dtype float32 --device cpu".split()
 TRAINING = [words[words.index("train.py") + 1 :] for words in commands(RECIPES) if "train.py" in words]
 
 

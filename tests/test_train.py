@@ -36,7 +36,7 @@ from vae import VideoVAE
 
 INPAINT, CONTROL, PLAIN = (GOLDENS / name for name in ("fun-2b-inp", "fun-2b-control", "cogvideox-2b-t2v"))
 IMAGE, IMAGE_15 = GOLDENS / "cogvideox-5b-i2v", GOLDENS / "cogvideox-1.5-5b-i2v"
-SMALL = "--resolutions 32 --max-tokens 8 --num-frames 5 --num-val 2 --num-previews 0 --batch-size 2".split()
+SMALL = "--resolutions 32 --max-tokens 8 --num-frames 5 --num-val 1 --num-previews 0 --batch-size 2".split()
 SMALL += "--grad-accum 2 --dtype float32 --device cpu --preset tiny --lr 1e-3".split()
 FIELDS = {"num_shapes": 8, "warmup_steps": 1, "cached_draws": 0, "keep_on_device": "false"}
 FIELDS |= {"save_dtype": "null", "text_only": 0, "equivariance": 0}
