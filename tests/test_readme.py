@@ -117,11 +117,10 @@ def test_facts_of_the_models_are_as_the_table_says(name, facts):
     assert small.use_rotary_positional_embeddings == facts["positions"].startswith("RoPE")
     assert small.use_learned_positional_embeddings == ("stored table" in facts["positions"])
     rule = facts["off the native size"]
-    if facts["positions"].startswith("sincos"):
-        assert rule == "Fun: native table stretched; plain: computed anew"
-        assert position_rule(small) == ("interpolate" if name.startswith("fun") else "regenerate")
-    else:
-        assert position_rule(small) == ("regenerate" if "sincos computed anew" in rule else None)
+    wanted = "regenerate" if "computed anew" in rule else None
+    if name.startswith("fun") and "Fun: native table stretched" in rule:
+        wanted = "interpolate"
+    assert position_rule(small) == wanted
 
     pair = int(facts["latent frames in one token"])
     assert (small.patch_size_t or 1) == pair
