@@ -152,7 +152,7 @@ def test_noise_and_what_posteriors_give_are_a_function_of_the_micro_batch_alone(
     samples, micro = drawn()
     batch = task.encode(samples)
     for changes in ({}, {}, {"number": 1}, {"epoch": 1}):
-        task.losses(batch, replace(micro, timesteps=torch.tensor([10, 500, 900]), **changes))
+        task.losses(batch, replace(micro, **changes), torch.tensor([10, 500, 900]))
     for first, again, *others in zip(*seen):
         assert torch.equal(first, again)
         assert not any(torch.equal(first, other) for other in others)
@@ -177,7 +177,6 @@ def test_frozen_weights_in_bfloat16_give_the_same_bytes_as_float32_ones(kind):
     """Autocast rounds a frozen matrix at each use; stored rounded it is the same matrix."""
     fields = {"lora_rank": 2} if kind == "lora" else {}
     samples, micro = drawn(2)
-    micro.timesteps = torch.tensor([100, 800])
     found = []
     for stored in (torch.bfloat16, torch.float32):
         task = task_for(INPAINT, torch.bfloat16, **fields)
@@ -187,7 +186,7 @@ def test_frozen_weights_in_bfloat16_give_the_same_bytes_as_float32_ones(kind):
             assert task.dit.transformer_blocks[0].ff.net[2].weight.dtype == torch.bfloat16
             assert task.dit.transformer_blocks[0].norm1.norm.weight.dtype == torch.float32
         batch = task.encode(samples)
-        losses = task.losses(batch, micro)
+        losses = task.losses(batch, micro, torch.tensor([100, 800]))
         losses.sum().backward()
         learns = [param for param in task.dit.parameters() if param.requires_grad]
         found.append([losses, *(param.grad for param in learns)])
@@ -643,8 +642,8 @@ def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkey
     [clip] = shapes.records(1, seed=0)
     bucket, key = Bucket(9, 32, 48), (0, 0, 0)
     one = load_sample(data.shape_record(clip), bucket, key, Plan((32,), 100, 100))
-    micro = Micro(bucket, [0], [key], 0, 0, torch.tensor([500]))
-    task.losses(task.encode([one]), micro)
+    micro = Micro(bucket, [0], [key], epoch=0, number=0)
+    task.losses(task.encode([one]), micro, torch.tensor([500]))
     latents, _, condition = seen[0]
 
     models = train.sample.load_models(model)
@@ -661,7 +660,7 @@ def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkey
     assert_close(latents[:, :, :1], whole[:, :, :1], 1e-6)
 
     monkeypatch.setattr(train_dit, "PICTURE_DROP", 1.0)
-    task.losses(task.encode([one]), micro)
+    task.losses(task.encode([one]), micro, torch.tensor([500]))
     _, _, dropped = seen[1]
     assert dropped.shape == condition.shape and not dropped.any()
 
