@@ -230,7 +230,6 @@ class Micro:
     keys: list[Key]  # of the same
     epoch: int
     number: int  # in the epoch's list
-    timesteps: Tensor | None = None  # one for each noise, see train.stratified_timesteps
 
     def places(self) -> list[tuple[int, Bucket, Key]]:
         """What each sample is made from: its number in the records, its shape, its draws."""

@@ -169,7 +169,7 @@ class Optim:
         others = [gradient for gradient in gradients if not is_cut(gradient)]
         average_over_ranks(others)
         norms = [whole(nn.utils.get_total_norm(kind)) for kind in (sharded, others) if kind]
-        return torch.stack(norms).norm() if len(norms) > 1 else norms[0]
+        return torch.stack([norm.to(norms[-1]) for norm in norms]).norm()  # offloaded ones are on the CPU
 
     def clip(self, norm: float, limit: float) -> None:
         """Shorten the gradient of length `norm` to `limit`, if it is longer."""

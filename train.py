@@ -282,13 +282,11 @@ def describe(
             say(f"note: learned positions fit {length} frames alone; {others} samples get computed ones")
 
 
-def deal_timesteps(micros: list[Micro], config: Config, step: int) -> int:
-    """Give each micro-batch its part of the step's; returns how many noises the step has."""
+def deal_timesteps(micros: list[Micro], config: Config, step: int) -> tuple[Tensor, ...]:
+    """For each micro-batch of a step the timesteps of its noises."""
     sizes = [len(micro.keys) * config.noises_per_clip for micro in micros]
     timesteps = stratified_timesteps(config.seed, step, sum(sizes), config.timestep_shift)
-    for micro, part in zip(micros, timesteps.split(sizes)):
-        micro.timesteps = part
-    return sum(sizes)
+    return timesteps.split(sizes)
 
 
 def check_finite(numbers: list[float], step: int, micros: list[Micro], records: list[Record]) -> None:
@@ -327,13 +325,14 @@ def train(task, config: Config, options: argparse.Namespace, run: Run, feed: Fee
         for micros in feed.steps:  # the same list on every rank
             start = time.perf_counter()
             waited = 0.0
-            count = deal_timesteps(micros, config, at.total_steps)
+            timesteps = deal_timesteps(micros, config, at.total_steps)
+            num_noises = sum(map(len, timesteps))
             loss = torch.zeros((), device=task.device)
-            for micro in micros[RANK::NUM_RANKS]:
+            for micro, its_timesteps in list(zip(micros, timesteps))[RANK::NUM_RANKS]:
                 asked_at = time.perf_counter()
                 batch = next(feed.batches)
                 waited += time.perf_counter() - asked_at
-                share = task.losses(batch, micro).sum() / count
+                share = task.losses(batch, micro, its_timesteps).sum() / num_noises
                 # The gradient is the mean over all noises, however they are cut; over ranks FSDP averages.
                 (share * NUM_RANKS).backward()
                 loss += share.detach()
@@ -347,7 +346,7 @@ def train(task, config: Config, options: argparse.Namespace, run: Run, feed: Fee
 
             loss, stop = sum_over_ranks(torch.tensor([loss, len(signals)], dtype=torch.float64)).tolist()
             seconds = time.perf_counter() - start
-            num_tokens = sum(data.tokens_of(m.bucket, feed.plan) * len(m.timesteps) for m in micros)
+            num_tokens = sum(data.tokens_of(m.bucket, feed.plan) * len(t) for m, t in zip(micros, timesteps))
             log.step(at.total_steps + 1, at.phase + 1, seconds, loss=loss, grad_norm=norm, lr=lr,
                      tokens_per_s=num_tokens / seconds, wait=waited / seconds,
                      gib=memory.gib_used(task.device))  # fmt: skip
@@ -471,6 +470,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not args.data and not args.preset.startswith("tiny"):
         raise ValueError("give --data, a folder of clips with captions for instance; or shapes, drawn ones")
     args.data = args.data or "shapes"
+    if args.val_data and args.data == "shapes":
+        raise ValueError("--val-data goes with --data files; drawn shapes hold out combinations of their own")
     args.out = args.out or Path("runs") / (args.preset + ("-vae" if args.train == "vae" else ""))
     if not args.model and args.preset.startswith("tiny") and args.train == "dit":
         args.model = f"runs/{args.preset}-vae"  # what --train vae makes

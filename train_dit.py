@@ -13,7 +13,6 @@ Dimension key: b batch, c channels, f frames, h w height and width, L text token
 import copy
 import functools
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -186,11 +185,11 @@ class Denoising:
         """A micro-batch as tensors, where no cache keeps them."""
         return self.encoders.clips(samples) | {"text": self.encode_texts([one.caption for one in samples])}
 
-    def losses(self, batch: Batch, micro: Micro) -> Tensor:
-        """One loss for each timestep of the micro-batch: noises_per_clip of them for each sample."""
+    def losses(self, batch: Batch, micro: Micro, timesteps: Tensor) -> Tensor:
+        """One loss for each timestep: noises_per_clip of them for each sample."""
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         draws = micro.draws(self.config.seed, self.device)
-        timesteps = micro.timesteps.to(self.device, non_blocking=True)
+        timesteps = timesteps.to(self.device, non_blocking=True)
         latents = self.sampled(batch["latents"], draws)
         num_copies = num_padding(self.dit.config, latents.shape[2])  # of the first frame, in front
         latents = torch.cat([latents[:, :, :num_copies], latents], dim=2)
@@ -254,8 +253,7 @@ class Denoising:
     @torch.no_grad()
     def validate(self, held_out: list[tuple[Batch, Micro]]) -> dict[str, float]:
         """Loss on held-out samples at fixed timesteps and noise, in all and in each band of timesteps."""
-        timesteps = torch.tensor(BANDS)
-        losses = [self.losses(batch, replace(micro, timesteps=timesteps)) for batch, micro in held_out]
+        losses = [self.losses(batch, micro, torch.tensor(BANDS)) for batch, micro in held_out]
         bands = torch.stack(losses).mean(0).tolist()
         return {"val_loss": sum(bands) / len(bands)} | {f"val_loss_{t}": b for t, b in zip(BANDS, bands)}
 

@@ -69,8 +69,8 @@ class Reconstruction:
         """Of this task a micro-batch is nothing but pixels, b 3 f h w."""
         return {"pixels": pixels_of(samples, self.device)}
 
-    def losses(self, batch: Batch, micro: Micro) -> Tensor:
-        """Reconstruction, decoded in Fun's chunks, + KL a latent number + EQ: b."""
+    def losses(self, batch: Batch, micro: Micro, _) -> Tensor:
+        """Reconstruction, decoded in Fun's chunks, + KL a latent number + EQ: b; it has no timesteps."""
         pixels = batch["pixels"]
         draws = micro.draws(self.config.seed, self.device)
         with self.autocast():

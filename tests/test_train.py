@@ -156,7 +156,7 @@ def test_noise_and_what_posteriors_give_are_a_function_of_the_micro_batch_alone(
     samples, micro = drawn()
     batch = task.encode(samples)
     for changes in ({}, {}, {"number": 1}, {"epoch": 1}):
-        task.losses(batch, replace(micro, timesteps=torch.tensor([10, 500, 900]), **changes))
+        task.losses(batch, replace(micro, **changes), torch.tensor([10, 500, 900]))
     for first, again, *others in zip(*seen):
         assert torch.equal(first, again)
         assert not any(torch.equal(first, other) for other in others)
@@ -180,7 +180,6 @@ def test_the_bands_of_a_large_clip_are_validated_in_turn(monkeypatch, model):
 def test_frozen_weights_in_bfloat16_give_the_same_bytes_as_float32_ones(fields):
     """Autocast rounds a frozen matrix at each use; stored rounded it is the same matrix."""
     samples, micro = drawn(2)
-    micro.timesteps = torch.tensor([100, 800])
     found = []
     for stored in (torch.bfloat16, torch.float32):
         task = task_for(INPAINT, torch.bfloat16, **fields)
@@ -190,7 +189,7 @@ def test_frozen_weights_in_bfloat16_give_the_same_bytes_as_float32_ones(fields):
         elif fields:
             assert block.ff.net[2].weight.dtype == torch.bfloat16
             assert block.norm1.norm.weight.dtype == torch.float32
-        losses = task.losses(task.encode(samples), micro)
+        losses = task.losses(task.encode(samples), micro, torch.tensor([100, 800]))
         losses.sum().backward()
         learns = [param for param in task.dit.parameters() if param.requires_grad]
         found.append([losses, *(param.grad for param in learns)])
@@ -217,7 +216,7 @@ def test_the_ranks_and_the_order_of_micro_batches_do_not_change_a_step(tmp_path,
 def test_samples_of_uneven_micro_batches_count_alike(tmp_path, clips, monkeypatch):
     """The loss is the mean over samples: of eight in micro-batches of 3, 3 and 2, each weighs an eighth."""
 
-    def index_of_each_sample(self, batch, micro):
+    def index_of_each_sample(self, batch, micro, _):
         weight = next(self.dit.parameters()).sum()  # so that there is a gradient, of zero
         return 0 * weight + torch.tensor([float(index) for index in micro.indices])
 
@@ -637,8 +636,8 @@ def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkey
     [clip] = shapes.records(1, seed=0)
     bucket, key = Bucket(9, 32, 48), (0, 0, 0)
     one = load_sample(data.shape_record(clip), bucket, key, Plan((32,), 100, 100))
-    micro = Micro(bucket, [0], [key], 0, 0, torch.tensor([500]))
-    task.losses(task.encode([one]), micro)
+    micro = Micro(bucket, [0], [key], epoch=0, number=0)
+    task.losses(task.encode([one]), micro, torch.tensor([500]))
     latents, _, condition = seen[0]
 
     models = train.sample.load_models(model)
@@ -655,7 +654,7 @@ def test_an_image_model_is_shown_in_training_what_it_is_shown_in_sampling(monkey
     assert_close(latents[:, :, :1], whole[:, :, :1], 1e-6)
 
     monkeypatch.setattr(train_dit, "PICTURE_DROP", 1.0)
-    task.losses(task.encode([one]), micro)
+    task.losses(task.encode([one]), micro, torch.tensor([500]))
     _, _, dropped = seen[1]
     assert dropped.shape == condition.shape and not dropped.any()
 
