@@ -7,7 +7,8 @@
 Randomness has three levels. All about a sample is a function of (seed, draw, sample), see data.Epochs; the
 noise of a micro-batch of (seed, epoch, its number), drawn at once on the device; the timesteps of a step of
 (seed, step). So the state of a run is a few counters beside weights, moments and EMA: a run that is
-killed and resumed ends with the same bytes, and the number of ranks changes only the rounding of sums.
+killed and resumed ends with the same bytes (a cache on the device, which is filled anew, may round
+otherwise), and the number of ranks changes only the rounding of sums.
 
     OUT/  transformer/ vae/ text_encoder/ …    a checkpoint of EMA weights: sample.py --model OUT
           lora.safetensors                     in place of new weights, with --lora-rank
