@@ -12,8 +12,6 @@ from inpaint import encode_masked, inpaint_condition, join_condition, resize_mas
 from runtime import generator
 from vae import VideoVAE, encode_chunks, run_chunks
 
-# ---------------------------------------------------------------- masks that training draws
-
 
 def test_masks_come_in_their_shares(monkeypatch):
     kinds = Counter()
@@ -110,9 +108,6 @@ def test_noise_on_the_reference_is_log_normal_and_spares_what_is_masked():
     pixels = torch.tensor([-1.0, -0.999, 0.0, 1.0])
     noisy = inpaint.add_reference_noise(pixels, 0.1, torch.tensor([1.0, 2.0, -3.0, 4.0]))
     assert torch.equal(noisy, torch.tensor([-1.0, -0.999 + 0.1 * 2, 0.1 * -3, 1 + 0.1 * 4]))
-
-
-# ---------------------------------------------------------------- the 17 channels
 
 
 def test_start_and_end_masks_resize_as_in_the_reference():

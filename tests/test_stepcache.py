@@ -32,9 +32,6 @@ def rule(request):
     return request.param
 
 
-# ---------------------------------------------------------------- which steps
-
-
 def test_a_plan_sums_up_changes_until_the_threshold_and_starts_anew():
     sizes = torch.tensor([8.0, 12.0, 18.0, 27.0, 40.5, 60.75, 91.125])  # each half as large again
     vectors = sizes[:, None] * torch.tensor([1.0, -2.0])
@@ -54,9 +51,6 @@ def test_models_without_a_polynomial_go_by_their_first_block():
         dit = VideoTransformer.from_pretrained(GOLDENS / variant)
         with skip_steps(dit, 0.1, torch.tensor([999, 499])) as cache:
             assert cache.skipped is None
-
-
-# ---------------------------------------------------------------- what is computed
 
 
 def test_a_threshold_that_nothing_falls_below_changes_no_bit():
@@ -111,9 +105,6 @@ def test_halves_of_guidance_apart_have_a_memory_each(rule, interval, monkeypatch
     assert together.forwards[1] == 8 and apart.forwards[1] == 8 + guided
     if rule == "plan":
         assert together.forwards[0] < 7
-
-
-# ---------------------------------------------------------------- nothing outlives a video
 
 
 def test_each_of_several_prompts_and_segments_begins_anew(rule):
