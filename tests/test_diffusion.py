@@ -148,10 +148,10 @@ def test_starting_part_of_the_way_continues_as_diffusers_does(name, num_steps, k
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(num_steps - kept)
     clean, noise = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
-    start = noise if kept == num_steps else schedule.add_noise(clean, noise, int(timesteps[0]))
+    start = schedule.add_noise(clean, noise, int(timesteps[0]))
     x = scheduler.add_noise(clean, noise, timesteps[:1])
     if kept == num_steps:
-        x = noise * scheduler.init_noise_sigma
+        start, x = noise, noise * scheduler.init_noise_sigma
 
     def network(x):
         return 0.3 * x + 0.1

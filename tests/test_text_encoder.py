@@ -180,8 +180,12 @@ def test_what_we_save_gives_the_same_in_transformers(tmp_path, dtype):
     T5Encoder(odd_config()).save_pretrained(tmp_path)
     ours = T5Encoder.from_pretrained(tmp_path, dtype=dtype)
     theirs = transformers.T5EncoderModel.from_pretrained(tmp_path / "text_encoder", dtype=dtype).eval()
-    types = {name: tensor.dtype for name, tensor in theirs.state_dict().items()}
-    assert all(tensor.dtype == types[name] for name, tensor in ours.state_dict().items())
+    weights = theirs.state_dict()
+    for (
+        name,
+        tensor,
+    ) in ours.state_dict().items():  # with fp16, the last feed-forward weight is unrounded fp32
+        assert tensor.dtype == weights[name].dtype and torch.equal(tensor, weights[name]), name
     ids = some_ids(2, 40, 60)
     with torch.no_grad():
         text, peer = ours(ids), theirs(ids).last_hidden_state
@@ -219,13 +223,6 @@ def test_the_embedding_may_go_by_its_other_name(checkpoint, keep_both):
     for stream in (False, True):
         with torch.no_grad():
             assert torch.equal(T5Encoder.from_pretrained(checkpoint, stream=stream)(ids), text)
-
-
-def test_half_precision_keeps_the_last_feed_forward_weight_in_fp32_unrounded():
-    stored = load_file(VARIANT / WEIGHTS)
-    for dtype, kept in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        for name, tensor in T5Encoder.from_pretrained(VARIANT, dtype=dtype).state_dict().items():
-            assert torch.equal(tensor, stored[name].to(kept if ".wo." in name else dtype)), name
 
 
 def test_the_norm_is_taken_in_fp32():
