@@ -143,6 +143,12 @@ def test_random_weights_give_the_same_velocity_in_diffusers(changes, size, tmp_p
     assert_close(velocity, theirs, 1e-5 * theirs.abs().max().item())  # float32, other summation orders
 
 
+def test_norms_of_q_and_k_have_their_own_eps():
+    dit = VideoTransformer(replace(TINY, norm_eps=1e-3))
+    eps = {name: m.eps for name, m in dit.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert all(each == (1e-6 if name.endswith(("norm_q", "norm_k")) else 1e-3) for name, each in eps.items())
+
+
 def test_the_position_rule_can_be_overridden_and_matters_off_the_native_grid():
     dit = load("fun-2b-inp")
     native, wide = random_inputs(dit), random_inputs(dit, w=10)
