@@ -38,16 +38,13 @@ def test_sampling_compares_settings_and_does_not_judge_them(capsys, monkeypatch)
 
 
 @torch.no_grad()
-def test_all_ways_of_a_vae_agree():
+def test_all_ways_of_a_vae_agree_and_another_result_fails_the_run(monkeypatch, capsys):
     ways = bench.parse([]).ways  # with vae_fast.py, where it is
     cases = list(bench.vae_cases(SMALL, ways, WHERE))
     assert [case.name.split()[1] for case in cases] == ["encode", "decode"]
     for case in cases:
         first, *others = [run() for run in case.ways.values()]
         assert all(bench.difference(other, first) < 1e-5 for other in others)
-
-
-def test_another_result_fails_the_run(monkeypatch, capsys):
     right = bench.T5Encoder.forward
     monkeypatch.setattr(bench.T5Encoder, "forward", lambda self, ids: 1.01 * right(self, ids))
     assert bench.main([*ARGUMENTS, "--rows", "t5"]) == 1

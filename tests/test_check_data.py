@@ -102,11 +102,11 @@ def test_what_is_odd_is_named_and_lost_by_nobody(tmp_path, capsys):
     media.write_video(np.full((40, 32, 48, 3), 3, np.uint8), tmp_path / "black.mp4", fps=8)
     media.write_video(np.tile(colourful()[:1, :16, :16], (40, 1, 1, 1)), tmp_path / "tiny.mp4", fps=8)
     encode(tmp_path / "short.mp4", num_frames=5, fps=8)
+    encode(tmp_path / "silent.mp4", num_frames=40, fps=8)
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
     two = Image.new("RGB", (64, 64), (220, 30, 30))
     two.paste((40, 100, 150), (0, 0, 32, 64))  # of the same grey
     two.save(tmp_path / "two.png")
-    encode(tmp_path / "silent.mp4", num_frames=40, fps=8)
     odd = {
         "varies.mp4": "its rate varies: frames last 33 … 167 ms",
         "black.mp4": "one flat colour",
@@ -114,8 +114,9 @@ def test_what_is_odd_is_named_and_lost_by_nobody(tmp_path, capsys):
         "short.mp4": "short: 5 frames at 8 fps, where 9 have room",
         "black.png": "one flat colour",
     }
-    meta = write_metadata(tmp_path, *odd, "two.png")
-    items = json.loads(meta.read_text()) + [{"file_path": "silent.mp4", "text": " ", "type": "video"}]
+    meta = write_metadata(tmp_path, *odd, "two.png", "silent.mp4")
+    items = json.loads(meta.read_text())
+    items[-1]["text"] = " "
     meta.write_text(json.dumps(items))
     status, files = check_files(capsys, meta)
     assert status == 0

@@ -19,8 +19,6 @@ import train
 from runtime import generator
 from sizes import Bucket
 
-# ---------------------------------------------------------------- buckets
-
 
 def record(num_frames=100, height=512, width=512, name="", read=None) -> data.Record:
     return data.Record(name, lambda num_frames: f"{name} in {num_frames}", num_frames, (height, width), read)
@@ -29,21 +27,20 @@ def record(num_frames=100, height=512, width=512, name="", read=None) -> data.Re
 def test_a_bucket_is_never_much_larger_than_the_sample_nor_longer():
     plan = data.Plan((512, 768, 1024), max_tokens=29952, batch_tokens=29952)
 
-    def drawn(**sample) -> set:
-        return {
-            data.choose_bucket(record(**sample), plan, generator(0, 0, i, "resolution")) for i in range(50)
-        }
+    def drawn(num: int = 50, **sample) -> Counter:
+        one = record(**sample)
+        return Counter(data.choose_bucket(one, plan, generator(0, 0, i, "resolution")) for i in range(num))
 
-    assert drawn(height=600, width=600) == {(49, 512, 512)}  # 750 is below 768
-    assert drawn(height=620, width=620) == {(49, 512, 512), (49, 768, 768)}
-    assert drawn(height=2000, width=2000) == {(49, 512, 512), (49, 768, 768), (25, 1024, 1024)}
-    assert drawn(height=100, width=100) == {(49, 512, 512)}  # nothing fits: the smallest
-    assert drawn(height=400, width=640) == {(49, 400, 656)}
-    assert drawn(height=64, width=4096) == {(49, 256, 1024)}
-    assert drawn(num_frames=30) == {(29, 512, 512)} and drawn(num_frames=4) == {(1, 512, 512)}
-    large = record(height=2000, width=2000)
-    heights = Counter(data.choose_bucket(large, plan, generator(0, 0, i, "")).height for i in range(1500))
-    assert all(abs(count - 500) < 5 * 18 for count in heights.values())  # 5 standard deviations
+    assert drawn(height=600, width=600).keys() == {(49, 512, 512)}  # 750 is below 768
+    assert drawn(height=620, width=620).keys() == {(49, 512, 512), (49, 768, 768)}
+    assert drawn(height=100, width=100).keys() == {(49, 512, 512)}  # nothing fits: the smallest
+    assert drawn(height=400, width=640).keys() == {(49, 400, 656)}
+    assert drawn(height=64, width=4096).keys() == {(49, 256, 1024)}
+    assert drawn(num_frames=30).keys() == {(29, 512, 512)}
+    assert drawn(num_frames=4).keys() == {(1, 512, 512)}
+    large = drawn(1500, height=2000, width=2000)
+    assert large.keys() == {(49, 512, 512), (49, 768, 768), (25, 1024, 1024)}
+    assert all(abs(count - 500) < 5 * 18 for count in large.values())  # 5 standard deviations
 
 
 def mixed_records(num: int = 100) -> list[data.Record]:
@@ -64,23 +61,23 @@ def places(micros) -> set[tuple]:
 def test_an_epoch_holds_every_sample_once_in_batches_of_one_shape():
     records = mixed_records()
     epochs = data.Epochs(records, mixed_plan(), seed=3)
-    lists = [epochs.micros(epoch) for epoch in range(3)]
+    lists = [epochs.micros(epoch) for epoch in range(2)]
     for epoch, micros in enumerate(lists):
         assert sorted(index for micro in micros for index in micro.indices) == list(range(100))
         assert [(micro.epoch, micro.number) for micro in micros] == [(epoch, i) for i in range(len(micros))]
-        full = {}
+        short = Counter()
         for micro in micros:
             size = max(1, 13312 // micro.bucket.tokens)
             assert all(records[index].num_frames >= micro.bucket.num_frames for index in micro.indices)
             assert micro.keys == [(3, epoch, index) for index in micro.indices] and len(micro.keys) <= size
-            full.setdefault(micro.bucket, []).append(len(micro.keys) == size)
-        assert all(flags.count(False) <= 1 for flags in full.values())  # one short batch a bucket
+            short[micro.bucket] += len(micro.keys) < size
+        assert max(short.values()) == 1  # one short batch a bucket
+        assert micros != sorted(micros, key=lambda micro: micro.indices)
+        assert any(micro.indices != sorted(micro.indices) for micro in micros)
     assert lists[0] == data.Epochs(records, mixed_plan(), seed=3).micros(0) == epochs.micros(0)
-    assert all(micros != sorted(micros, key=lambda micro: micro.indices) for micros in lists)
-    assert any(micro.indices != sorted(micro.indices) for micro in lists[0])
     other_seed = data.Epochs(records, mixed_plan(), seed=4).micros(0)
-    indices = [[micro.indices for micro in micros] for micros in (*lists, other_seed)]
-    assert indices[0] != indices[1] and indices[0] != indices[3]
+    first, *others = [[micro.indices for micro in micros] for micros in (*lists, other_seed)]
+    assert first not in others
     table = data.bucket_table(lists[0], PLAN).splitlines()
     assert sum(int(line.split()[5]) for line in table[1:]) == 100
     assert len(table) == 1 + len({micro.bucket for micro in lists[0]})
@@ -142,15 +139,14 @@ def test_a_resume_goes_on_with_the_next_micro_batch_across_an_epochs_end(num_dra
 
 def test_a_resume_where_an_epoch_ends_begins_the_next():
     epochs = data.Epochs(mixed_records(30), mixed_plan(), 3)
-    length = len(epochs.micros(0))
     at = train.Counters()
     at.advance(epochs.micros(0), (presets.TINY.phases[0],))  # a step of just one epoch
-    assert (at.epoch, at.batch) == (0, length)
+    assert (at.epoch, at.batch) == (0, len(epochs.micros(0)))
     assert next(epochs.steps(at.epoch, at.batch, size=2)) == epochs.micros(1)[:2]
 
 
 def test_a_phase_ends_with_its_last_step_and_the_next_begins_an_epoch():
-    phases = tuple(dataclasses.replace(presets.TINY.phases[0], num_steps=2) for _ in range(2))
+    phases = (dataclasses.replace(presets.TINY.phases[0], num_steps=2),) * 2
     steps = data.Epochs(mixed_records(), mixed_plan(), 3).steps(0, 0, size=2)
     at = train.Counters()
     at.advance(next(steps), phases)
@@ -173,9 +169,6 @@ def test_what_follows_from_a_name_does_not_depend_on_the_place_in_the_list():
     assert {key for _, key in before.values()} == {(3, 1, name) for name in names}
 
 
-# ---------------------------------------------------------------- draws
-
-
 def test_a_draw_depends_on_what_it_is_for_and_on_nothing_else():
     def number(*key):
         return torch.rand((), generator=generator(*key)).item()
@@ -188,28 +181,29 @@ def test_a_draw_depends_on_what_it_is_for_and_on_nothing_else():
     assert torch.randint(1000, (3,), generator=generator(1, 2, 3, "mask")).tolist() == [393, 535, 926]
 
 
-# ---------------------------------------------------------------- loading
-
-
 PLAN = data.Plan((32,), max_tokens=80, batch_tokens=80, max_frames=17)
+
+
+def black(start: int, num_frames: int, size: tuple[int, int]) -> np.ndarray:
+    return np.zeros((num_frames, *size, 3), np.uint8)
 
 
 def test_a_sample_is_drawn_from_its_key_alone():
     bucket = Bucket(17, 32, 32)
-    seen, samples = [], []
+    starts = Counter()
 
     def read(start, num_frames, size):
-        seen.append((start, size))
-        return np.zeros((num_frames, *size, 3), np.uint8)
+        assert size == (32, 32)
+        starts[start] += 1
+        return black(start, num_frames, size)
 
     drawing = record(20, 32, 32, "d", read)
-    for index in range(1000):
-        samples.append(data.load_sample(drawing, bucket, (1, 2, index), PLAN))
-    captions, flags = (Counter(sample[field] for sample in samples) for field in (2, 4))
-    starts = Counter(start for start, _ in seen)
-    assert {size for _, size in seen} == {(32, 32)} and sorted(starts) == [0, 1, 2, 3]
+    samples = [data.load_sample(drawing, bucket, (1, 2, index), PLAN) for index in range(1000)]
+    assert sorted(starts) == [0, 1, 2, 3]
     assert min(starts.values()) > 180  # 250 ± 5 standard deviations of 14
-    assert captions.keys() == {"", "d in 17"} and 53 < captions[""] < 147 and 53 < flags[False] < 147
+    captions = Counter(sample.caption for sample in samples)
+    assert captions.keys() == {"", "d in 17"} and 53 < captions[""] < 147
+    assert 53 < sum(not sample.zero_if_all_masked for sample in samples) < 147
     masks = {tuple(sample.mask.flatten(1).all(1).tolist()) for sample in samples}
     assert len(masks) > 20
     assert torch.equal(samples[7].mask, data.load_sample(drawing, bucket, (1, 2, 7), PLAN).mask)
@@ -218,50 +212,47 @@ def test_a_sample_is_drawn_from_its_key_alone():
 
 
 def test_the_plan_says_which_masks_and_how_many_are_text_only():
-    drawing = record(17, 32, 32, "d", lambda start, n, size: np.zeros((n, *size, 3), np.uint8))
-    bucket = Bucket(17, 32, 32)
-
     def drawn(**settings) -> list[data.Sample]:
-        plan = dataclasses.replace(PLAN, **settings)
-        return [data.load_sample(drawing, bucket, (0, 0, index), plan) for index in range(200)]
+        plan = dataclasses.replace(PLAN, masks={"after the start": 1.0}, **settings)
+        clip = record(17, 32, 32, "d", black)
+        return [data.load_sample(clip, Bucket(17, 32, 32), (0, 0, index), plan) for index in range(200)]
 
-    ends = drawn(masks={"after the start": 1.0})
+    ends, some = drawn(), drawn(text_only=0.3)
     assert not any(sample.mask[0].any() for sample in ends) and all(sample.mask[-1].all() for sample in ends)
-    some = drawn(masks={"after the start": 1.0}, text_only=0.3)
-    dropped = [sample.mask.all() for sample in some]
-    assert 60 - 5 * 6.5 < sum(dropped) < 60 + 5 * 6.5  # five standard deviations
-    assert all(sample.zero_if_all_masked for sample in some if sample.mask.all())
+    num_text_only = sum(sample.mask.all() for sample in some)
+    assert abs(num_text_only - 60) < 5 * 6.5  # five standard deviations
     for before, after in zip(ends, some):  # the others stay what they were
-        assert after.mask.all() or torch.equal(before.mask, after.mask)
+        assert after.zero_if_all_masked if after.mask.all() else torch.equal(before.mask, after.mask)
 
 
 def test_drawn_clips_of_several_lengths_come_together_as_each_alone():
-    clips = shapes.records(6, 0, sizes=[(32, 32)], num_frames=17) + shapes.records(6, 1, num_frames=9)
+    clips = shapes.records(3, 0, sizes=[(32, 32)], num_frames=17) + shapes.records(3, 1, num_frames=9)
     records = [data.shape_record(clip) for clip in clips]
-    order = torch.randperm(12).tolist()
-    bucket = Bucket(5, 32, 48)
-    samples = [data.load_sample(records[i], bucket, (0, 0, i), PLAN) for i in order]
+    order = torch.randperm(6).tolist()
+    samples = [data.load_sample(records[i], Bucket(5, 32, 48), (0, 0, i), PLAN) for i in order]
     assert all(sample.frames is None for sample in samples)
     together = data.pixels_of(samples, torch.device("cpu"))
-    assert together.shape == (12, 3, 5, 32, 48)
-    for i, pixels in zip(order, together):
-        _, start, _ = samples[order.index(i)].drawing
-        alone = records[i].read(start, 5, (32, 48))
-        assert torch.equal(pixels, media.to_pixels(alone))
+    assert together.shape == (6, 3, 5, 32, 48)
+    for i, sample, pixels in zip(order, samples, together):
+        _, start, _ = sample.drawing
+        assert torch.equal(pixels, media.to_pixels(records[i].read(start, 5, (32, 48))))
+
+
+def records_of(folder, *items: dict) -> tuple[list[data.Record], dict[str, str]]:
+    (folder / "meta.json").write_text(json.dumps(items))
+    return data.open_records(data.read_metadata(folder / "meta.json"))
 
 
 def test_control_clips_are_cut_like_their_clips(tmp_path):
     make_files(tmp_path)
-    item = {"file_path": "a.mp4", "text": "", "type": "video", "control_file_path": "a.mp4"}
-    (tmp_path / "meta.json").write_text(json.dumps([item]))
-    records, _ = data.open_records(data.read_metadata(tmp_path / "meta.json"))
+    item = items()[0] | {"control_file_path": "a.mp4"}
     bucket, key = Bucket(9, 32, 48), (0, 0, 5)
-    sample = data.load_sample(records[0], bucket, key, PLAN)
+    [same], _ = records_of(tmp_path, item)
+    sample = data.load_sample(same, bucket, key, PLAN)
     assert torch.equal(sample.control, sample.frames)  # the same frames and the same cut
-    (tmp_path / "meta.json").write_text(json.dumps([{**item, "control_file_path": "b.mp4"}]))
-    records, _ = data.open_records(data.read_metadata(tmp_path / "meta.json"))
-    assert records[0].num_frames == 16 and records[0].size == (48, 64)  # what both fill, the clip's own size
-    assert not torch.equal(data.load_sample(records[0], bucket, key, PLAN).control, sample.control)
+    [other], _ = records_of(tmp_path, item | {"control_file_path": "b.mp4"})
+    assert other.num_frames == 16 and other.size == (48, 64)  # what both fill, the clip's own size
+    assert not torch.equal(data.load_sample(other, bucket, key, PLAN).control, sample.control)
 
 
 def still(name: str, fails: bool = False) -> data.Record:
@@ -338,11 +329,10 @@ def test_too_many_broken_files_stop_the_run_with_the_list():
 
 def test_a_clip_that_ends_before_its_header_says_is_a_broken_file(tmp_path):
     make_files(tmp_path)
-    (tmp_path / "meta.json").write_text(json.dumps(items()[:1]))
-    records, _ = data.open_records(data.read_metadata(tmp_path / "meta.json"))
+    [clip], _ = records_of(tmp_path, items()[0])
     encode(tmp_path / "a.mp4", 30)
     with pytest.raises(ValueError, match="a.mp4 ends [0-9]+ frames before its header says"):
-        data.load_sample(records[0], Bucket(17, 32, 32), (0, 0, 6), PLAN)
+        data.load_sample(clip, Bucket(17, 32, 32), (0, 0, 6), PLAN)
     (tmp_path / "a.mp4").write_bytes(b"")
-    records, failures = data.open_records(data.read_metadata(tmp_path / "meta.json"))
+    records, failures = records_of(tmp_path, items()[0])
     assert records == [] and "a.mp4" in failures[str(tmp_path / "a.mp4")]

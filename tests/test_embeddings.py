@@ -27,7 +27,7 @@ def test_sincos_is_computed_in_float64():
     assert_close(table[:, 4:7], theirs, 1e-7)  # float32 angles would be off by 9999 * 6e-8
 
 
-@pytest.mark.parametrize("rows, cols", [(3, 5), (8, 2), (4, 6), (1, 1), (13, 17)])
+@pytest.mark.parametrize("rows, cols", [(3, 5), (8, 2), (4, 6), (1, 1)])
 def test_stretching_each_axis_is_stretching_the_table_trilinearly(rows, cols):
     native = sincos_table(32, (3, 4, 6), (4, 6), 0, 1.875, 1.0, CPU).view(1, 3, 4, 6, 32).movedim(-1, 1)
     theirs = F.interpolate(native, size=(3, rows, cols), mode="trilinear", align_corners=False)
@@ -55,12 +55,10 @@ def test_rotating_happens_in_float32_and_returns_the_dtype_it_got():
 
 def test_tables_left_by_a_preview_can_be_used_in_training():
     with torch.inference_mode():
-        tables = [
-            sincos_table(16, (1, 3, 3), (3, 3), 0, 1.0, 1.0, CPU),
-            *rope_table(16, (1, 3, 3), None, 0, CPU),
-        ]
-    assert not any(table.is_inference() for table in tables)
-    assert rope_table(16, (1, 3, 3), None, 0, CPU)[0] is tables[1]  # and they are not built again
+        sincos = sincos_table(16, (1, 3, 3), (3, 3), 0, 1.0, 1.0, CPU)
+        cos, sin = rope_table(16, (1, 3, 3), None, 0, CPU)
+    assert not any(table.is_inference() for table in (sincos, cos, sin))
+    assert rope_table(16, (1, 3, 3), None, 0, CPU)[0] is cos  # and they are not built again
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

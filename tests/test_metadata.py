@@ -48,9 +48,9 @@ def test_every_mistake_in_a_metadata_file_is_named_in_a_line_of_its_own(tmp_path
     good = items()[0]
     mistakes = {
         "file_path is missing": {"text": "", "type": "video"},
-        f"file_path: {tmp_path / 'x.mp4'} does not exist": {**good, "file_path": "x.mp4"},
-        f"file_path: {tmp_path / 'c.png'} is no video": {**good, "file_path": "c.png"},
-        "control_file_path: ": {**good, "control_file_path": "y.mp4"},
+        f"file_path: {tmp_path / 'x.mp4'} does not exist": good | {"file_path": "x.mp4"},
+        f"file_path: {tmp_path / 'c.png'} is no video": good | {"file_path": "c.png"},
+        "control_file_path: ": good | {"control_file_path": "y.mp4"},
     }
     (tmp_path / "meta.jsonl").write_text("\n".join(map(json.dumps, [good, *mistakes.values()])))
     with pytest.raises(ValueError) as caught:
@@ -65,13 +65,13 @@ def test_the_lists_of_the_reference_load_as_they_are(tmp_path, capsys):
     Image.new("RGB", (16, 16)).save(tmp_path / "photo.mp4", format="png")  # content tells, no ending
     plain = [{"file_path": name, "text": "a, b"} for name in ("a.mp4", "c.png", "photo.mp4", "a.mp4")]
     (tmp_path / "meta.json").write_text(json.dumps(plain))
-    lines = ["file_path,text,type", 'a.mp4,"a, b",video', 'c.png,"a, b",', 'photo.mp4,"a, b"']
-    lines.append(lines[1])
-    (tmp_path / "meta.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n")
     entries = data.read_metadata(tmp_path / "meta.json")
     found = [(entry.path.name, entry.is_image) for entry in entries]
     assert found == [("a.mp4", False), ("c.png", True), ("photo.mp4", True)]
     assert "item 4: says the same as item 1; it is taken once" in capsys.readouterr().out
+    header = "\ufefffile_path,text,type"
+    lines = [header, 'a.mp4,"a, b",video', 'c.png,"a, b",', 'photo.mp4,"a, b"', 'a.mp4,"a, b",video']
+    (tmp_path / "meta.csv").write_text("\r\n".join(lines) + "\r\n")
     assert data.read_metadata(tmp_path / "meta.csv") == entries
     assert "line 5: says the same as line 2" in capsys.readouterr().out
     (tmp_path / "meta.csv").write_text("file_path,text,type\na.mp4,a, b,video\n")  # no quotes
@@ -80,9 +80,10 @@ def test_the_lists_of_the_reference_load_as_they_are(tmp_path, capsys):
 
 
 def test_a_folder_accounts_for_every_file_in_it(tmp_path, capsys):
-    def put(name: str, text: str = "words") -> None:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    def put(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("words")
 
     picture = Image.new("RGB", (16, 16))
     for name in ("a.jfif", "b.ppm", "c.TGA", "d.jp2", "e.avif", "f.png"):
@@ -91,21 +92,20 @@ def test_a_folder_accounts_for_every_file_in_it(tmp_path, capsys):
     encode(tmp_path / "g.mts", 3).rename(tmp_path / "g.MTS")
     encode(tmp_path / "h.3gp", 3, codec="mpeg4")
     encode(tmp_path / "f.mp4", 3)
-    put("g.TXT"), put("h.txt"), put("notes.md"), put("f.npz")
-    for hidden in (".thumbnails/x.jpg", "__MACOSX/._a.png", "@eaDir/a.png", "._f.png"):
-        put(hidden)
+    put("g.TXT", "h.txt", "notes.md", "f.npz")
+    put(".thumbnails/x.jpg", "__MACOSX/._a.png", "@eaDir/a.png", "._f.png")  # hidden
     outside = tmp_path.with_name(tmp_path.name + "_elsewhere")
     outside.mkdir()
     picture.save(outside / "z.png")
-    (outside / "z.txt").write_text("linked")
     (tmp_path / "link").symlink_to(outside)
+    put("link/z.txt")
     (tmp_path / "link" / "back").symlink_to(tmp_path)  # a circle
     found = [str(entry.path.relative_to(tmp_path)) for entry in data.read_metadata(tmp_path)]
     assert found == "a.jfif b.ppm c.TGA d.jp2 e.avif f.mp4 f.png g.MTS h.3gp link/z.png".split()
     said = capsys.readouterr().out
     assert "f.txt: is the caption of f.mp4 and f.png" in said
     assert "left out, as they are neither pictures nor clips: 1 .md, 1 .npz" in said
-    put("k.heic"), put("k.txt"), put("l.txt")
+    put("k.heic", "k.txt", "l.txt")
     with pytest.raises(ValueError) as caught:
         data.read_metadata(tmp_path)
     assert "k.txt: is the caption of k.heic, which is not read; convert it" in str(caught.value)
@@ -113,23 +113,22 @@ def test_a_folder_accounts_for_every_file_in_it(tmp_path, capsys):
 
 
 def test_the_digest_of_the_samples_tells_other_samples_and_not_other_places(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    make_files(tmp_path / "here")
-    (tmp_path / "here" / "meta.json").write_text(json.dumps(items()))
-    shutil.copytree(tmp_path / "here", tmp_path / "there" / "deep")
-
     def digest(path) -> str:
         return data.digest(data.open_records(data.read_metadata(path))[0])
 
-    first = digest(tmp_path / "here" / "meta.json")
+    here = tmp_path / "here"
+    here.mkdir()
+    make_files(here)
+    (here / "meta.json").write_text(json.dumps(items()))
+    shutil.copytree(here, tmp_path / "there" / "deep")
+    first = digest(here / "meta.json")
     monkeypatch.chdir(tmp_path)
     assert digest("there/deep/meta.json") == digest("./here/../here/meta.json") == first
-    for change in (items()[:2], items()[::-1], [{**items()[0], "text": "x"}, *items()[1:]]):
-        (tmp_path / "here" / "meta.json").write_text(json.dumps(change))
+    for change in (items()[:2], items()[::-1], [items()[0] | {"text": "x"}, *items()[1:]]):
+        (here / "meta.json").write_text(json.dumps(change))
         assert digest("here/meta.json") != first
-    (tmp_path / "here" / "meta.json").write_text(json.dumps(items()))
-    Image.new("RGB", (40, 80)).save(tmp_path / "here" / "c.png", pnginfo=None, compress_level=0)
-    assert digest("here/meta.json") != first
+    Image.new("RGB", (40, 80)).save(tmp_path / "there" / "deep" / "c.png", compress_level=0)
+    assert digest("there/deep/meta.json") != first
 
 
 def test_captions_that_are_cut_or_unknown_are_counted():

@@ -2,33 +2,23 @@
 
 import pytest
 
-from sizes import (
-    Bucket,
-    aspect_shapes,
-    check_frames,
-    check_side,
-    frames_for,
-    latent_frames,
-    latent_grid,
-    nearest_shape,
-    num_tokens,
-    video_frames,
-)
+import sizes
+from sizes import Bucket, aspect_shapes, frames_for, nearest_shape, num_tokens
 
 
 def test_four_frames_are_one_latent_but_the_first_is_one_alone():
-    assert [latent_frames(f) for f in (1, 5, 8, 9, 49)] == [1, 2, 2, 3, 13]
-    assert [video_frames(f) for f in (1, 2, 13)] == [1, 5, 49]
-    assert latent_grid(49, 480, 720) == (13, 60, 90) == Bucket(49, 480, 720).latent_grid
+    assert [sizes.latent_frames(f) for f in (1, 5, 8, 9, 49)] == [1, 2, 2, 3, 13]
+    assert [sizes.video_frames(f) for f in (1, 2, 13)] == [1, 5, 49]
+    assert sizes.latent_grid(49, 480, 720) == (13, 60, 90) == Bucket(49, 480, 720).latent_grid
     assert num_tokens(49, 512, 512) == 13312 == Bucket(49, 512, 512).tokens
     assert num_tokens(49, 512, 512, frames_per_token=2) == 7 * 32 * 32  # thirteen in pairs, one is padding
 
 
 def test_sizes_a_model_does_not_take_are_named_with_the_nearest():
     with pytest.raises(ValueError, match=r"num_frames=48; .* try 49 \(or 45\)"):
-        check_frames(48)
+        sizes.check_frames(48)
     with pytest.raises(ValueError, match="--height=470; .* try 464"):
-        check_side("--height", 470)
+        sizes.check_side("--height", 470)
 
 
 def test_frames_fill_a_budget_and_exceed_it_by_a_fifth_at_most():

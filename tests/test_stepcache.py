@@ -32,9 +32,6 @@ def rule(request):
     return request.param
 
 
-# ---------------------------------------------------------------- which steps
-
-
 def test_a_plan_sums_up_changes_until_the_threshold_and_starts_anew():
     sizes = torch.tensor([8.0, 12.0, 18.0, 27.0, 40.5, 60.75, 91.125])  # each half as large again
     vectors = sizes[:, None] * torch.tensor([1.0, -2.0])
@@ -49,14 +46,11 @@ def test_a_plan_sums_up_changes_until_the_threshold_and_starts_anew():
     assert planned_skips(vectors[:1], 9.0, unchanged) == [False]
 
 
-def test_models_without_a_polynomial_go_by_their_first_block():
-    for variant in ("fun-2b-inp", "cogvideox-2b-t2v"):  # the second has two layers, not thirty
-        dit = VideoTransformer.from_pretrained(GOLDENS / variant)
-        with skip_steps(dit, 0.1, torch.tensor([999, 499])) as cache:
-            assert cache.skipped is None
-
-
-# ---------------------------------------------------------------- what is computed
+@pytest.mark.parametrize("variant", ["fun-2b-inp", "cogvideox-2b-t2v"])
+def test_models_without_a_polynomial_go_by_their_first_block(variant):
+    dit = VideoTransformer.from_pretrained(GOLDENS / variant)  # the second has two layers, not thirty
+    with skip_steps(dit, 0.1, torch.tensor([999, 499])) as cache:
+        assert cache.skipped is None
 
 
 def test_a_threshold_that_nothing_falls_below_changes_no_bit():
@@ -66,43 +60,47 @@ def test_a_threshold_that_nothing_falls_below_changes_no_bit():
 
 
 def test_a_higher_threshold_computes_less_and_differs_more():
-    exact, shares, differences = latents(), [], []
-    for threshold in (0.02, 0.1, 0.5):
+    exact, computed, differences = latents(), [], []
+    for threshold in (0.02, 0.5):
         models = load_models(MODEL)
         differences.append((latents(models, step_cache=threshold) - exact).abs().mean().item())
-        shares.append(models.forwards[0] / models.forwards[1])
-    assert shares == sorted(shares, reverse=True) and shares[0] > shares[2]
-    assert differences == sorted(differences) and differences[2] < exact.abs().mean() / 4
+        computed.append(models.forwards[0])
+    assert computed[0] > computed[1]
+    assert differences[0] < differences[1] < exact.abs().mean() / 4
 
 
 def test_a_skipped_step_adds_what_the_blocks_added_last(plan):
     dit = VideoTransformer.from_pretrained(MODEL)
+    timesteps = torch.tensor([999, 800, 600, 400, 200])
     text = torch.randn(1, 226, 16)
-    inputs = [(torch.randn(1, 16, 2, 4, 6), t, text, torch.randn(1, 17, 2, 4, 6)) for t in (999, 666, 333)]
-    with torch.no_grad(), skip_steps(dit, 0.1, torch.tensor([999, 666, 333])) as cache:
-        assert cache.skipped == {666}
-        cached = []
+    inputs = [(torch.randn(1, 16, 2, 4, 6), t, text, torch.randn(1, 17, 2, 4, 6)) for t in timesteps.tolist()]
+    cached = []
+    with torch.no_grad(), skip_steps(dit, 0.1, timesteps) as cache:
+        assert cache.skipped == {800, 400}
         for each in inputs:
             cache.begin(each[1], 1)
             cached.append(dit(*each))
-    added = []
+    plain, added = dit.run_blocks, None
 
-    def watch(blocks, tokens, *others):
-        added.append(plain(blocks, tokens, *others) - tokens)
-        return tokens + added[0]
+    def remember(blocks, tokens, *others):
+        nonlocal added
+        added = plain(blocks, tokens, *others) - tokens
+        return tokens + added
 
     with torch.no_grad():
-        assert torch.equal(cached[0], dit(*inputs[0])) and torch.equal(cached[2], dit(*inputs[2]))
-        plain, dit.run_blocks = dit.run_blocks, watch
-        dit(*inputs[0])
-        assert torch.equal(cached[1], dit(*inputs[1]))
+        for computed, skipped in ((0, 1), (2, 3)):
+            dit.run_blocks = plain
+            assert torch.equal(cached[computed], dit(*inputs[computed]))
+            dit.run_blocks = remember
+            dit(*inputs[computed])
+            dit.run_blocks = lambda blocks, tokens, *others: tokens + added
+            assert torch.equal(cached[skipped], dit(*inputs[skipped]))
 
 
 @pytest.mark.parametrize("interval", [(0, 999), (300, 999), (0, 700)])
 def test_halves_of_guidance_apart_have_a_memory_each(rule, interval, monkeypatch):
     """Batches of two and of one give the same; a half that was left out for a time is computed anew."""
-    together = load_models(MODEL)
-    apart = load_models(MODEL)
+    together, apart = load_models(MODEL), load_models(MODEL)
     settings = {"step_cache": 0.1 if rule == "plan" else 1e-9, "guidance_interval": interval}
     expected = latents(together, **settings)
     monkeypatch.setattr(sample, "SMALL_TOKENS", 0)
@@ -111,9 +109,6 @@ def test_halves_of_guidance_apart_have_a_memory_each(rule, interval, monkeypatch
     assert together.forwards[1] == 8 and apart.forwards[1] == 8 + guided
     if rule == "plan":
         assert together.forwards[0] < 7
-
-
-# ---------------------------------------------------------------- nothing outlives a video
 
 
 def test_each_of_several_prompts_and_segments_begins_anew(rule):

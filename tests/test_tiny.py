@@ -33,7 +33,7 @@ def test_its_card_states_its_sizes_and_what_was_measured():
 
 def test_the_default_model_shows_the_color_and_ground_asked_for(tmp_path):
     out = tmp_path / "clip.mp4"
-    assert sample.main([PROMPT, "--seed", "1", "--num-steps", "20", "--out", str(out), "--quiet"]) == 0
+    assert sample.main([PROMPT, "--seed", "1", "--num-steps", "10", "--out", str(out), "--quiet"]) == 0
     found = read_attributes(media.read_video(out, 17))
     assert found["color"] == "red" and found["background"] == "black"
     assert len(found["areas"]) == 17
@@ -49,18 +49,15 @@ def test_words_it_does_not_know_are_named_with_those_it_knows(tmp_path, capsys):
 
 
 def test_the_seams_of_long_videos_move_no_more_than_the_rest_of_them():
-    """Change from frame to frame where a segment follows another, against elsewhere, over three videos."""
+    """Change from frame to frame where a segment follows another, against elsewhere."""
     models = sample.load_models(TINY, keep=True)
     length, [_, shared] = 17, long_video.segments(29, 17)
     seam = slice(length - shared - 1, length)  # the shared frames and both of their neighbours
     at_seams, elsewhere = [], []
-    for prompt in (
-        "a green triangle moves up on a gray background",
-        "a red circle moves left on a black background",
-        "a blue square grows on a white background",
-    ):
-        frames = np.concatenate(list(long_video.generate_long(models, prompt, 29, num_steps=10, seed=1)))
+    for prompt in (PROMPT, "a blue square grows on a white background"):
+        frames = np.concatenate(list(long_video.generate_long(models, prompt, 29, num_steps=6, seed=1)))
         changes = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
         at_seams.append([changes[seam].mean(), changes[seam].max()])
         elsewhere.append([np.delete(changes, seam).mean(), np.delete(changes, seam).max()])
-    assert (np.mean(at_seams, axis=0) < 1.1 * np.mean(elsewhere, axis=0)).all()  # three videos vary that much
+    # two videos vary that much
+    assert (np.mean(at_seams, axis=0) < 1.1 * np.mean(elsewhere, axis=0)).all()
