@@ -23,6 +23,7 @@ import sample
 from kinds import native_size
 from media import Picture, read_image, resize
 from request import Request, complete
+from runtime import wait_for_ranks
 from sample import Models, Video
 from sizes import check_frames
 
@@ -127,18 +128,28 @@ def load_segment(file: Path, record: dict) -> Tensor:
     return latents
 
 
+def paths_for(target: Path, count: int, suffix: str) -> list[Path]:
+    """As `sample.output_paths`; but in a folder the numbers of a run that was broken off there."""
+    stems = [path.stem.removesuffix("-segment-1") for path in target.glob("*-segment-1.safetensors")]
+    unfinished = [int(stem) for stem in stems if stem.isdecimal()]
+    if not unfinished:
+        return sample.output_paths(target, count, suffix)
+    return [target / f"{min(unfinished) + i:04d}{suffix}" for i in range(count)]
+
+
 def make_long_videos(
     models: Models, args: argparse.Namespace, settings: dict, tell: Callable
 ) -> Iterator[Video]:
     """In place of `sample.make_videos`: each is written while it is made."""
-    models.keep = True  # every segment needs all networks
     num_frames = settings.pop("num_frames")
     if args.seed is None:  # a run that was broken off goes on with its own
-        first, *_ = sample.output_paths(Path(args.out), len(args.prompt), ".mp4")
+        first, *_ = paths_for(Path(args.out), len(args.prompt), ".mp4")
         if segment_file(first, 0).is_file():
             _, record = sample.load_latents(segment_file(first, 0))
             args.seed = [record.get("seed", 0)]
-    _, work = sample.prepare(models, args, settings, tell)
+    _, work = sample.prepare(models, args, settings, tell, paths_for)
+    models.load("vae")  # to stay for all segments, as T5 need not
+    models.load("transformer")
     overlaps = segments(num_frames, native_size(models.config)[2])
     tell(f"{num_frames} frames in segments that have {overlaps[1:]} in common with those before")
     for request, path in work:
@@ -149,5 +160,7 @@ def make_long_videos(
                 pass
             continue
         yield path, chunks, sample.make_record(models, request, num_frames, request.height, request.width)
+    wait_for_ranks()  # until all are done the segments say where to go on
+    for _, path in work if models.writes else []:
         for i in range(len(overlaps)):
             segment_file(path, i).unlink()

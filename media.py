@@ -19,6 +19,7 @@ import functools
 import io
 import itertools
 import math
+import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -112,7 +113,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _to_rgb(picture: Image.Image, name: object, background: int) -> np.ndarray:
-    picture = ImageOps.exif_transpose(picture)
+    with contextlib.suppress(SyntaxError, struct.error):  # what some programs write as EXIF is none
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("I", "F"):
         problem = f"{name} has pixels of 32 bits, which do not say what is white"
         raise ValueError(f"{problem}; save it as 8-bit .png")
@@ -217,8 +219,9 @@ def _decode(clip: OpenClip) -> Iterator:
 
     decoder = clip.stream.codec_context
     tags = {name.lower(): value for name, value in clip.stream.metadata.items()}
-    if tags.get("alpha_mode") == "1":  # FFmpeg's own decoders leave WebM's transparency out
-        decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
+    libraries = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+    if tags.get("alpha_mode") == "1" and decoder.name in libraries:  # FFmpeg's own leave transparency out
+        decoder = av.CodecContext.create(libraries[decoder.name], "r")
     for packet in clip.container.demux(clip.stream):
         yield from decoder.decode(packet if packet.size else None)
 
@@ -286,7 +289,8 @@ def _animation_frames(path: str | Path, background: int) -> Iterator[Timed]:
     try:
         with _open_picture(path) as picture:
             seconds = 0.0
-            for index in range(picture.n_frames):
+            first = int(picture.info.get("default_image", False))  # for programs that show no animations
+            for index in range(first, picture.n_frames):
                 picture.seek(index)
                 read = functools.partial(_to_rgb, picture.copy(), path, background)
                 yield Timed(seconds, read=read)
@@ -491,7 +495,7 @@ def _write_mp4(path: Path, first: np.ndarray, chunks: Iterator[np.ndarray], fps:
     height, width = first.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"{width}x{height} frames do not fit .mp4, which needs even sizes; write a .gif")
-    with av.open(path, "w", options={"movflags": "faststart"}) as container:
+    with av.open(str(path.absolute()), "w", options={"movflags": "faststart"}) as container:
         # No visible loss, and always the same bytes: one thread on any machine, and no mbtree, whose look
         # ahead was seen to read memory that nobody wrote.
         options = {"crf": "17", "threads": "1", "mbtree": "0"}

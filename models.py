@@ -10,6 +10,7 @@ its memory, parallel.py shares it among devices.
 
 import contextlib
 import functools
+import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,8 @@ class Models:
             yield self.loaded[name]
             return
         start = time.perf_counter()
+        if self.compile:
+            gc.collect()  # compiled blocks refer to themselves
         torch.cuda.empty_cache()  # what the stage before has left; a no-op without a GPU
         try:
             yield self.load(name)

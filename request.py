@@ -125,7 +125,7 @@ def complete(request: Request, models) -> Request:
     request.check(models.config)
     own = {
         "guidance_scale": models.schedule.default_guidance_scale,
-        "sampler": models.default_sampler,
+        "sampler": request.sampler or models.default_sampler,  # which may be one we do not have
         "fps": kinds.native_fps(models.config),
         "seed": int.from_bytes(os.urandom(4)),
     }

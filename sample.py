@@ -351,14 +351,17 @@ def make_record(models: Models, request: Request, num_frames: int, height: int, 
     }
 
 
-def check_out(target: Path, inputs: list[str | None]) -> None:
+def check_out(target: Path, count: int, inputs: list[str | None]) -> None:
     """What would else be found at the end: a place that cannot be written to, or that is an input."""
     is_file = target.suffix and not target.is_dir()
     if is_file and target.suffix.lower() not in WRITERS:
         raise ValueError(f"--out {target}: files end in {', '.join(WRITERS)}; a folder has no ending")
-    for path in (target, target.with_suffix(".safetensors"), target.with_suffix(".json")):
-        if is_file and path.exists() and any(path.samefile(given) for given in inputs if given):
-            raise ValueError(f"--out {target}: {path} is an input, which would be lost; take another name")
+    if len(os.fsencode(target.stem)) > 180:
+        raise ValueError(f"--out {target}: a name of more than 180 bytes; take a shorter one")
+    for path in output_paths(target, count, "") if is_file else []:
+        for made in (path, path.with_suffix(".safetensors"), path.with_suffix(".json")):
+            if made.exists() and any(made.samefile(given) for given in inputs if given):
+                raise ValueError(f"--out {target}: {made} is an input and would be lost; take another name")
     folder = target.parent if is_file else target
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
@@ -370,8 +373,8 @@ def output_paths(target: Path, count: int, suffix: str) -> list[Path]:
         if count == 1:
             return [target]
         return [target.with_stem(f"{target.stem}-{i + 1}") for i in range(count)]
-    taken = [int(path.stem) for path in target.glob("*.*") if path.stem.isdecimal()]
-    first = max(taken, default=0) + 1
+    stems = [path.stem.removesuffix("-segment-1") for path in target.glob("*.*")]  # see long_video.py
+    first = max((int(stem) for stem in stems if stem.isdecimal()), default=0) + 1
     return [target / f"{first + i:04d}{suffix}" for i in range(count)]
 
 
@@ -472,7 +475,11 @@ Video = tuple[Path, Iterator[np.ndarray], dict]  # where it goes, uint8 f h w 3 
 
 
 def prepare(
-    models: Models, args: argparse.Namespace, settings: dict, tell: Callable
+    models: Models,
+    args: argparse.Namespace,
+    settings: dict,
+    tell: Callable,
+    paths_for: Callable = output_paths,
 ) -> tuple[Known, list[tuple[Request, Path]]]:
     """What the files hold; and a request, and where its video goes, for each prompt and seed.
 
@@ -484,7 +491,7 @@ def prepare(
     known = read_inputs(requests[0], models.config)
     tell(describe(models, requests, known))
     suffix = ".png" if known.num_frames == 1 else ".mp4"
-    paths = agree(output_paths(Path(args.out), len(requests), suffix))
+    paths = agree(paths_for(Path(args.out), len(requests), suffix))
     work = list(zip(requests, paths))
     models.on_all_ranks = len(work) < NUM_RANKS
     if not models.on_all_ranks:
@@ -498,6 +505,8 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, tell: 
     made = []
     for latents, (request, path) in zip(generate_each(models, [request for request, _ in work], known), work):
         if models.writes:
+            if Path(args.out).is_dir() and path.with_suffix(".safetensors").exists():
+                [path] = output_paths(Path(args.out), 1, path.suffix)  # a run beside this one was faster
             record = make_record(models, request, known.num_frames, known.height, known.width)
             save_latents(path.with_suffix(".safetensors"), latents, record)
             made.append((path, latents, record))
@@ -516,8 +525,9 @@ def decode_again(args: argparse.Namespace) -> tuple[Models, list[Video]]:
     if latents.dim() != 5 or latents.shape[:2] != (1, channels):
         raise ValueError(f"{args.from_latents} holds latents of shape {tuple(latents.shape)}, which the VAE "
                          f"of {models.model_dir} cannot decode; give the --model they are of")  # fmt: skip
-    record["fps"] = args.fps or record.get("fps") or native_fps(models.config)
     tiled = args.tiled or record.get("tiled", False)
+    fps = args.fps or record.get("fps") or native_fps(models.config)
+    record |= {"fps": fps, "tiled": tiled, "dtype": models.dtype_name, "model": str(models.model_dir)}
     suffix = ".png" if latents.shape[2] == 1 else ".mp4"
     [path] = output_paths(Path(args.out), 1, suffix)
     return models, [(path, decode(models, latents, tiled), record)]
@@ -532,7 +542,8 @@ def run(args: argparse.Namespace) -> None:
 
     inputs = [*(args.image or []), args.end_image, args.video, args.mask, args.control_video]
     inputs += [path for path, _ in map(parse_lora, args.lora or [])]
-    check_out(Path(args.out), inputs)
+    count = max(1, len(args.prompt)) * len(args.seed or [0])
+    check_out(Path(args.out), count, inputs)
     settings = asked(args)
     settings.pop("seed", None)  # there may be several
     if args.from_latents:

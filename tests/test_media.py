@@ -80,12 +80,14 @@ def test_pictures_of_every_mode_become_rgb(tmp_path, mode):
     assert np.array_equal(media.read_image(torch.from_numpy(colour)), colour)
 
 
-def test_a_photograph_is_turned_upright(tmp_path):
+def test_a_photograph_is_turned_upright_and_what_is_no_exif_is_not_minded(tmp_path):
     picture = Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3))
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate 90 degrees clockwise to show"
     picture.save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(media.read_image(tmp_path / "turned.png"), np.rot90(np.asarray(picture), -1))
+    picture.save(tmp_path / "prompt.png", exif=b"a red circle")  # programs that make pictures write such
+    assert np.array_equal(media.read_image(tmp_path / "prompt.png"), picture)
 
 
 ENDINGS = {"mp4": "libx264", "mkv": "libx264", "avi": "mpeg4", "ts": "libx264"}

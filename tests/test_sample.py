@@ -272,32 +272,39 @@ def test_a_long_video_gives_each_segment_the_last_frames_of_the_one_before(monke
     assert len({settings["seed"] for settings, _ in requests}) == 3
 
 
-def test_a_long_video_goes_on_from_the_segments_beside_it(tmp_path, monkeypatch, capsys):
+def test_long_videos_go_on_from_the_segments_beside_them(tmp_path, monkeypatch, capsys):
     flags = "--num-steps 1 --height 32 --width 32 --num-frames 25".split()
-    command = ["a cat", *flags, "--model", str(GOLDENS / "fun-2b-inp"), "--out"]
-    whole, again = str(tmp_path / "whole.mp4"), str(tmp_path / "again.mp4")
-    assert sample.main([*command, whole, "--seed", "1"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.json", "whole.mp4"]
-    assert len(read_video(whole)) == 25 and "25 frames in" in capsys.readouterr().out
+    command = ["a cat", "a dog", *flags, "--model", str(GOLDENS / "fun-2b-inp"), "--out"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert sample.main([*command, str(whole), "--seed", "1"]) == 0
+    assert sorted(path.name for path in whole.iterdir()) == ["0001.json", "0001.mp4", "0002.json", "0002.mp4"]
+    assert len(read_video(whole / "0001.mp4")) == 25 and "25 frames in" in capsys.readouterr().out
     plain, calls = sample.generate, []
 
-    def stops_at_the_third(*args, **settings):
+    def stops_at_the_fifth(*args, **settings):
         calls.append(settings["seed"])
-        if len(calls) == 3:
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return plain(*args, **settings)
 
-    monkeypatch.setattr(sample, "generate", stops_at_the_third)
-    assert sample.main([*command, again, "--seed", "1"]) == 2
+    monkeypatch.setattr(sample, "generate", stops_at_the_fifth)
+    assert sample.main([*command, str(again), "--seed", "1"]) == 2
     capsys.readouterr()
-    assert sample.main([*command, again, "--seed", "1", "--guidance-scale", "3"]) == 2
+    assert sample.main([*command, str(again), "--seed", "1", "--guidance-scale", "3"]) == 2
     assert "segment-1.safetensors was made with guidance_scale=6.0, not 3.0" in capsys.readouterr().err
-    assert sample.main([*command, again]) == 0  # without a seed: with that of the segments
-    assert calls == [1, 2, 3, 3]
-    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
-    assert not list(tmp_path.glob("*segment*"))
+    assert sample.main([*command, str(again)]) == 0  # without a seed: with that of the segments
+    assert calls == [1, 2, 3, 1, 2, 2, 3]
+    assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for name in ("0001.mp4", "0002.mp4"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_segment_fades_in_over_the_frames_it_shares():
     before, after = (np.full((6, 2, 2, 3), level, np.uint8) for level in (100, 0))
     assert long_video.fade(before, after, 5)[:, 0, 0, 0].tolist() == [83, 67, 50, 33, 17, 0]
+
+
+def test_a_sampler_that_is_given_stands_in_for_a_scheduler_we_do_not_have():
+    models = sample.load_models(GOLDENS / "cogvideox-2b-t2v")
+    models.schedule.config.extra["_class_name"] = "PNDMScheduler"
+    assert sample.complete(sample.Request("a", sampler="ddim"), models).sampler == "ddim"
