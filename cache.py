@@ -147,7 +147,9 @@ class DiskCache(Cache):
         return self.path(self.text_settings, caption)
 
     def has(self, index: int, bucket: Bucket, key: Key) -> bool:
-        return is_whole(self.clip_path(index, bucket, key))
+        """Not where another stands in for a broken file, which may have been mended since."""
+        path = self.clip_path(index, bucket, key)
+        return is_whole(path) and "caption" not in note_of(path)
 
     def keep_clips(self, group: Micro, batch: Batch, captions: list[str]) -> None:
         for i, (index, bucket, key) in enumerate(group.places()):
@@ -158,8 +160,7 @@ class DiskCache(Cache):
 
     def caption(self, index: int, bucket: Bucket, key: Key) -> str:
         """The record's, as it is now; or of another, where that took its place."""
-        with open_safetensors(self.clip_path(index, bucket, key)) as file:
-            note = file.metadata() or {}
+        note = note_of(self.clip_path(index, bucket, key))
         return note.get("caption", draw_caption(self.loader.records[index], bucket, key))
 
     def keep_texts(self, micros: list[Micro]) -> None:
@@ -181,11 +182,16 @@ class DiskCache(Cache):
         return entry
 
 
+def note_of(path: Path) -> dict[str, str]:
+    with open_safetensors(path) as file:
+        return file.metadata() or {}
+
+
 def is_whole(path: Path) -> bool:
     """Whether there is such a file, of the length its header says; one that is damaged is made anew."""
     try:
-        with open_safetensors(path):
-            return True
+        note_of(path)
+        return True
     except (ValueError, OSError):
         return False
 

@@ -370,26 +370,33 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
+NONE_YET = "none-yet"  # in OUT/checkpoints before the first: what OUT then holds may be made anew
+
+
+def checkpoints_of(out: Path) -> list[Path]:
+    """Those in OUT/checkpoints, the newest last; not copies, which somebody named otherwise."""
+    paths = (out / "checkpoints").glob("step-*")
+    numbered = [path for path in paths if path.name.removeprefix("step-").isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest_checkpoint(out: Path) -> Path | None:
     """The last complete one of OUT/checkpoints; what a kill left half-written has a dot in front and goes."""
     for torn in (out / "checkpoints").glob(".*"):
         shutil.rmtree(torn, ignore_errors=True)
-    complete = (path.parent.parent for path in (out / "checkpoints").glob("step-*/training/state.json"))
-    return max(complete, key=_step_of, default=None)
+    complete = [path for path in checkpoints_of(out) if (path / "training" / "state.json").is_file()]
+    return complete[-1] if complete else None
 
 
 def publish(out: Path, newest: Path, keep: int) -> None:
     """OUT shows the weights of its newest checkpoint, and the last `keep` checkpoints stay."""
+    (out / "checkpoints" / NONE_YET).unlink(missing_ok=True)
     for path in newest.iterdir():
         if path.name != "training":
             link(path, out / path.name)
-    for path in sorted((out / "checkpoints").glob("step-*"), key=_step_of)[:-keep]:
+    for path in checkpoints_of(out)[:-keep]:
         path = path.rename(path.with_name(f".{path.name}.old"))  # so that half of one is never taken for one
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # somebody may be reading; the next start tries again
 
 
 @contextlib.contextmanager

@@ -98,7 +98,8 @@ def cut_like(param: Tensor, tensor: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
+    cut = distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
+    return cut.to(param.device)  # of what is offloaded it lies on the GPU by then
 
 
 def agree(value: object) -> object:
@@ -132,7 +133,6 @@ def choose_device(name: str | None = None) -> torch.device:
         if rank >= count:
             raise ValueError(f"there are more processes than GPUs; try --nproc_per_node={count}")
         name = f"cuda:{rank}"
-        torch.cuda.set_device(name)
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -140,6 +140,8 @@ def choose_device(name: str | None = None) -> torch.device:
         torch.ones(1, device=device).item()  # not on "meta", which computes nothing
     except Exception:  # each kind of device fails in its own way
         raise ValueError(f"--device {name} is not available here; try cpu") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where FSDP computes
     return device
 
 
@@ -192,7 +194,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that is synced to disk and renamed to `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # writers look at the suffix
+    # Of several machines on one disk two processes may have the same number. Writers look at the suffix.
+    temporary = path.with_name(f".{path.stem}.{os.urandom(8).hex()}.tmp{path.suffix}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors would make files private

@@ -7,8 +7,8 @@
 Randomness has three levels. All about a sample is a function of (seed, draw, sample), see data.Epochs; the
 noise of a micro-batch of (seed, epoch, its number), drawn at once on the device; the timesteps of a step of
 (seed, step). So the state of a run is a few counters beside weights, moments and EMA: a run that is
-killed and resumed ends with the same bytes (a cache on the device, which is filled anew, may round
-otherwise), and the number of ranks changes only the rounding of sums.
+killed and resumed ends with the same bytes (but for rounding on a GPU, and where a cache on the device is
+filled anew), and the number of ranks changes only the rounding of sums.
 
     OUT/  transformer/ vae/ text_encoder/ …    a checkpoint of EMA weights: sample.py --model OUT
           lora.safetensors                     in place of new weights, with --lora-rank
@@ -40,7 +40,7 @@ import data
 import memory
 import runtime
 import sample
-from data import Micro, Record
+from data import Micro, Plan, Record
 from diffusion import NUM_TIMESTEPS, Schedule
 from feed import Feed
 from inpaint import MASK_KINDS
@@ -106,7 +106,8 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
     for name in wanted:  # all are looked at before the first is made
         if name not in there and makes[name] is None:
             raise ValueError(f"there is no {name}/ to start from; give a --model that has one")
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)  # first, as it tells a run from a model
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (out / "checkpoints" / checkpoint.NONE_YET).touch()  # first, as it tells a run from a model
     for name in checkpoint.COMPONENTS:
         if (out / name).exists():  # of a run that was killed before its first checkpoint
             shutil.rmtree(out / name)
@@ -170,7 +171,7 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
     if not newest:
         is_model = any((out / name).exists() for name in checkpoint.COMPONENTS)
         is_start = model_dir and out.resolve() == model_dir.resolve()
-        if is_start or (is_model and not (out / "checkpoints").exists()):
+        if is_start or (is_model and not (out / "checkpoints" / checkpoint.NONE_YET).exists()):
             raise ValueError(f"--out {out} holds a model, which a new run would replace; choose another")
         if model_dir and (model_dir / checkpoint.LORA).is_file():
             raise ValueError(f"{model_dir} is a base model with a LoRA, which would be left out; go on "
@@ -377,24 +378,24 @@ def validate(task, optim: Optim, feed: Feed, log: Log, step: int) -> None:
 def preview(task, optim: Optim, feed: Feed, path: Path, options: argparse.Namespace) -> None:
     """Some held-out samples, as the averaged weights make them: PATH-0.gif and .png, …
 
-    The run goes on without them where they fail, for lack of memory say; not of several ranks, which might
-    wait for each other.
+    The run goes on without them where they fail, for lack of memory say; not of weights that are cut, which
+    a failure may leave gathered, or of several ranks, which might wait for each other.
     """
-    try:
-        for micro in feed.held_out_micros[: options.num_previews]:
-            shown = feed.held_out_loader.load(*micro.places()[0], feed.read)
-            with optim.averaged(), torch.compiler.set_stance("force_eager"):
+    with optim.averaged(), torch.compiler.set_stance("force_eager"):
+        try:
+            for micro in feed.held_out_micros[: options.num_previews]:
+                shown = feed.held_out_loader.load(*micro.places()[0], feed.read)
                 frames = task.preview(shown, options.preview_steps)
-            name = f"{path}-{micro.number}"
-            if RANK == 0:
-                for ending in (".gif", ".png"):
-                    write_video(frames, Path(name + ending), feed.config.fps)
-            say(f"{name}.gif and .png: {shown.caption}")
-    except Exception as error:
-        message = runtime.in_one_line(error, "--num-previews 0 needs less")
-        if message is None or NUM_RANKS > 1:
-            raise
-        say(f"note: no preview: {message}")
+                name = f"{path}-{micro.number}"
+                if RANK == 0:
+                    for ending in (".gif", ".png"):
+                        write_video(frames, Path(name + ending), feed.config.fps)
+                say(f"{name}.gif and .png: {shown.caption}")
+        except Exception as error:
+            message = runtime.in_one_line(error, "--num-previews 0 needs less")
+            if message is None or NUM_RANKS > 1 or options.offload:
+                raise
+            say(f"note: no preview: {message}")
 
 
 # ---------------------------------------------------------------- the command line
@@ -498,6 +499,7 @@ def make_config(args: argparse.Namespace) -> Config:
         file = args.model and args.model / "transformer" / "config.json"
         if file and file.is_file() and not args.from_scratch:
             dit = checkpoint.read_config(TransformerConfig, file)
+        dit = replace(dit, in_channels=config.in_channels or dit.in_channels)
         config = replace(config, fps=native_fps(dit))
     if args.cache_latents:
         config = replace(config, cached_draws=config.cached_draws or 4, keep_on_device=False)  # 4: not tuned
@@ -511,7 +513,7 @@ def make_config(args: argparse.Namespace) -> Config:
         changes["resolutions"] = tuple(args.resolutions)
     if args.grad_accum:
         changes["global_batch"] = config.batch_size * args.grad_accum
-    if args.lora_rank:
+    if config.lora_rank:
         changes["train_text"] = False  # its file holds the transformer's part alone
     steps = args.phase_steps or [phase.num_steps for phase in config.phases]
     if len(steps) > len(config.phases):
@@ -522,8 +524,16 @@ def make_config(args: argparse.Namespace) -> Config:
     return config
 
 
+# Fields of Config, and the folders that are made of them.
+MADE_OF = {"dit": "transformer", "vae": "vae", "t5": "text_encoder", "schedule": "scheduler"}
+
+
 def check_config(config: Config, args: argparse.Namespace) -> None:
     """What would stop a run late, or make it other than asked."""
+    for assignment in args.set:
+        folder = MADE_OF.get(assignment.partition(".")[0])
+        if folder and args.model and (args.model / folder).is_dir() and not args.from_scratch:
+            raise ValueError(f"--set {assignment}: {folder}/ of --model stays as it is; add --from-scratch")
     check_frames(config.max_frames)
     if args.phase > len(config.phases):
         remedy = "; --phase-steps takes a number for each, from the first on" if args.phase_steps else ""
@@ -540,13 +550,16 @@ def check_config(config: Config, args: argparse.Namespace) -> None:
                 f"{config.batch_size} for {NUM_RANKS} ranks; give --grad-accum a multiple of {NUM_RANKS}"
             )
     is_dit = config.train == "dit"
-    for name in ("cache_latents", "lora_rank", "in_channels", "masks", "offload"):
+    for name in ("cache_latents", "lora_rank", "in_channels", "masks", "offload", "compile",
+                 "activation_checkpointing"):  # fmt: skip
         if not is_dit and getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for --train dit; leave it out")
+    if config.cached_draws and not is_dit:
+        raise ValueError("cached_draws is for --train dit; leave it out")
     if config.keep_encoder and (is_dit or not args.model or args.from_scratch):
         raise ValueError("keep_encoder is for the VAE of a --model, with --train vae and no --from-scratch")
-    if config.lora_rank and config.in_channels:
-        raise ValueError("--lora-rank fine-tunes a transformer as it is; leave out --in-channels")
+    if config.lora_rank and (config.in_channels or config.position):
+        raise ValueError("--lora-rank learns beside a transformer as it is; no --in-channels, no position")
     if config.lora_alpha and not config.lora_rank:
         raise ValueError(f"--lora-alpha {config.lora_alpha} needs --lora-rank; give it, or leave both out")
     choices = {"optimizer": OPTIMIZERS, "position": (None, *POSITIONS), "save_dtype": (None, *DTYPES)}
@@ -569,7 +582,8 @@ def make_task(
 
         return Reconstruction(config, options.out, device, dtype)
     task = Denoising(config, options.out, device, dtype)
-    check_records(files.records + files.held_out, task.kind)
+    plans = [task.plan(phase) for phase in config.phases[options.phase - 1 :]]
+    check_records(files.records + files.held_out, task.kind, plans)
     if options.masks and task.kind != "inpaint":
         raise ValueError(f"--masks is for inpaint models, this one is of kind {task.kind}; leave it out")
     captions = sorted({record.caption(record.num_frames) for record in files.records})
@@ -583,12 +597,16 @@ def make_task(
     return task
 
 
-def check_records(records: list[Record], kind: str) -> None:
+def check_records(records: list[Record], kind: str, plans: list[Plan]) -> None:
     for record in records:
         if kind == "control" and not record.read_control:
             raise ValueError(f"a control model needs a control_file_path for every sample: {record.name}")
-        if kind == "image" and record.num_frames < 5:  # of which the VAE makes a lone latent frame
-            raise ValueError(f"an image-to-video model learns from clips alone; remove {record.name}")
+        for plan in plans if kind == "image" else []:  # which would be shown all there is to make
+            for size in data.sizes_for(record, plan) or [min(plan.resolutions)]:
+                if data.bucket_at(record, plan, size).num_frames == 1:
+                    raise ValueError(f"an image-to-video model learns from clips alone, and of {record.name} "
+                                     f"one frame is left at {size}; remove it, or give smaller --resolutions "
+                                     "or more --max-tokens")  # fmt: skip
 
 
 SAME_SIGNAL = 2.0  # seconds: timeout and torchrun send theirs twice, which must not interrupt the save

@@ -164,7 +164,7 @@ class Denoising:
             frames_per_token=dit.patch_size_t or 1,
             num_padding=int(is_cogvideox15(dit)),
             size=native_size(dit)[:2] if dit.use_learned_positional_embeddings else None,
-            masks=self.config.masks,
+            masks=self.config.masks if self.kind == "inpaint" else {},
             text_only=self.config.text_only,
         )
 
@@ -303,7 +303,7 @@ class Denoising:
         if not self.t5:  # while it learns, ids are all there is to keep
             text_settings += (files_digest(self.model_dir / "text_encoder"), str(self.dtype))
         vae = files_digest(self.model_dir / "vae")
-        shown = (self.kind, dit.add_noise_in_inpaint_model, self.config.masks, plan.text_only, data.TEXT_ONLY)
+        shown = (self.kind, dit.add_noise_in_inpaint_model, plan.masks, plan.text_only, data.TEXT_ONLY)
         return DiskCache(
             *encoding,
             folder=folder,

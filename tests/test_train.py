@@ -36,6 +36,7 @@ from vae import VideoVAE
 
 INPAINT, CONTROL, PLAIN = (GOLDENS / name for name in ("fun-2b-inp", "fun-2b-control", "cogvideox-2b-t2v"))
 IMAGE, IMAGE_15 = GOLDENS / "cogvideox-5b-i2v", GOLDENS / "cogvideox-1.5-5b-i2v"
+PLAIN_15 = GOLDENS / "cogvideox-1.5-5b-t2v"
 SMALL = "--resolutions 32 --max-tokens 8 --num-frames 5 --num-val 1 --num-previews 0 --batch-size 2".split()
 SMALL += "--grad-accum 2 --dtype float32 --device cpu --preset tiny --lr 1e-3".split()
 FIELDS = {"num_shapes": 8, "warmup_steps": 1, "cached_draws": 0, "keep_on_device": "false"}
@@ -275,6 +276,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(whole, half):
     with (half / "log.jsonl").open("a") as log:  # what a kill after the checkpoint leaves behind
         log.write('{"step": 3, "loss": 1}\n{"st')
     (half / "checkpoints" / ".step-000004.1.tmp").mkdir()
+    (half / "checkpoints" / "step-000009-good").mkdir()  # somebody's copy
     assert_goes_on_as(whole, half)
     ended_once = [line for line in entries(half) if "val_loss" in line and line["step"] == 2]
     assert entries(whole) == [line for line in entries(half) if line not in ended_once]
@@ -422,6 +424,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
     [
         (["--lora-rank", 4, "--in-channels", 33], "--in-channels"),  # the file would lack the new channels
         (["--model", IMAGE], "clips alone"),
+        (["--model", IMAGE_15, "--phase", 2, "--set", "picture_share=0"], "one frame is left at 32"),
+        (["--lora-rank", 2, "--set", "position=slice"], "--lora-rank learns"),  # the file says nothing of it
+        (["--set", "dit.num_layers=4"], "dit.num_layers=4: transformer/ of --model stays"),
         (["--set", "keep_encoder=true"], "keep_encoder"),
         (["--from-scratch", "--lora-rank", 2], "--lora-rank fine-tunes"),  # of zeros it would learn nothing
         (["--set", "optimizer=Muon"], "optimizer=Muon is unknown"),
@@ -435,11 +440,12 @@ def test_a_run_that_would_not_learn_what_was_asked_does_not_begin(tmp_path, caps
 
 def test_a_model_that_is_there_is_not_replaced_by_a_new_run(tmp_path, half, capsys):
     """As one whose checkpoints were removed, to make room; a run killed before its first one begins anew."""
-    shutil.rmtree(half / "checkpoints")
+    for path in (half / "checkpoints").iterdir():
+        shutil.rmtree(path)
     before = (half / TRANSFORMER).read_bytes()
     assert run(half, "--num-steps", 1, "--resume") == 2
     assert "holds a model" in capsys.readouterr().err and (half / TRANSFORMER).read_bytes() == before
-    (half / "checkpoints").mkdir()
+    (half / "checkpoints" / "none-yet").touch()
     assert run(half, "--num-steps", 1, model=half) == 2  # it would remove what it starts from
     assert run(half, "--num-steps", 1) == 0
 
@@ -739,9 +745,11 @@ def test_flags_replace_the_presets_values():
     assert all((phase.lr, phase.final_lr) == (0.5, 0.25) for phase in config_of("--lr", 0.5, 0.25).phases)
     assert config_of("--cache-latents", "latents").cached_draws == 4
     assert config_of("--cache-latents", "latents", cached_draws=2).cached_draws == 2
-    assert config_of(**{"dit.num_layers": 3}).dit.num_layers == 3
+    assert config_of("--from-scratch", **{"dit.num_layers": 3}).dit.num_layers == 3
     assert (config_of().fps, config_of(model=IMAGE_15).fps) == (8, 16)  # the model's own rate
     assert config_of("--fps", 12, model=IMAGE_15).fps == 12
+    assert config_of("--in-channels", 33, model=PLAIN_15).fps == 8  # it becomes Fun V1.5
+    assert not any(phase.train_text for phase in config_of(lora_rank=2).phases)
     assert config_of("--masks", "after the start", "circle").masks == {"after the start": 0.2, "circle": 0.05}
 
 
