@@ -34,12 +34,11 @@ def step_bytes(
     dtype: torch.dtype,
     num_moments: int = 2,
     has_ema: bool = True,
-    num_parts: int = 1,
     num_beside: int = 0,
 ) -> dict[str, int]:
     """What one process holds in a step that trains a transformer, by part.
 
-    num_tokens: of a micro-batch, text included    num_parts: ranks that the weights are cut over
+    num_tokens: of a micro-batch, text included
     num_beside: numbers that learn beside the transformer's, a text encoder's
     """
     learns = frozen = 0
@@ -51,11 +50,11 @@ def step_bytes(
     rounded = 0  # copies of weights, for the backward pass
     if dtype != torch.float32 and not dit.activation_checkpointing:
         rounded = dtype.itemsize * (learns + num_beside)
-    learns = learns // num_parts + num_beside
+    learns = learns // NUM_RANKS + num_beside
     kept, at_work = ACTIVATIONS[dtype][dit.activation_checkpointing]
     size = num_tokens * dit.config.dim
     return {
-        "weights": frozen // num_parts + 4 * learns,
+        "weights": frozen // NUM_RANKS + 4 * learns,
         "gradients": 4 * learns,
         "moments": 4 * num_moments * learns,
         "EMA": 4 * learns * has_ema,
@@ -118,7 +117,6 @@ def describe(
         models.dtype,
         num_moments=1 if config.optimizer == "muon" else 2,
         has_ema=config.ema_decay > 0,
-        num_parts=1 if config.replicate else NUM_RANKS,
         num_beside=models.num_parameters["text_encoder"] * t5_learns,
     )
     is_cached = config.cached_draws > 0

@@ -61,7 +61,6 @@ class Config:
     kl_weight: float = 1e-5  # of --train vae, as the next two
     equivariance: float = 0.0  # weight of EQ-VAE's penalty, see train_vae.py
     keep_encoder: bool = False  # only the decoder learns: transformers trained on its latents stay valid
-    replicate: bool = False  # each rank has the whole transformer, no FSDP
     compile_on_gpu: bool = False  # as if --compile were given, where there is one
     save_dtype: str | None = None  # of the weights in OUT when the run has ended; None: float32
     seed: int = 0

@@ -8,9 +8,7 @@ from runtime import NUM_RANKS, is_cut, join_ranks
 from transformer import VideoTransformer
 
 
-def place(
-    dit: VideoTransformer, device: torch.device, dtype: torch.dtype, replicate: bool, offload: bool
-) -> None:
+def place(dit: VideoTransformer, device: torch.device, dtype: torch.dtype, offload: bool) -> None:
     """Move a transformer to where it computes: what learns in float32, frozen matrices in the run's dtype.
 
     Autocast would round the frozen matrices at each use; stored so, the same bytes come out. Of several ranks
@@ -18,7 +16,7 @@ def place(
     FSDP2 is wanted for its offloading: the parts, and with them gradients and moments, stay in the host's
     memory.
     """
-    is_sharded = offload or (NUM_RANKS > 1 and not replicate)
+    is_sharded = offload or NUM_RANKS > 1
     if is_sharded:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard

@@ -643,7 +643,7 @@ def run_command(argv: list[str] | None, signals: list[int]) -> bool:
     if config.train == "dit":
         models = sample.load_models(options.out, dtype, device)  # each alone, as none is kept
         say(memory.describe(task.dit, models, config, config.phases[run.at.phase :], options.offload))
-        place(task.dit, device, dtype, config.replicate, options.offload)
+        place(task.dit, device, dtype, options.offload)
     feed = Feed(task, config, files, options.cache_latents, options.num_workers)
     stopped = train(task, config, options, run, feed, signals)
     following = f"sample.py PROMPT --model {options.out}"

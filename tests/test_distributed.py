@@ -32,7 +32,7 @@ KINDS = {
     "vae": ["--train", "vae", "--num-previews", "1"],
     "lora": ["--lora-rank", "2", "--activation-checkpointing", "--set", "optimizer=adamw"],
     "fun": "--preset fun-2b --num-frames 17 --offload".split(),  # AdamW with the reference's tiny eps
-    "whole": "--set replicate=true cached_draws=1 keep_on_device=true".split(),
+    "kept": "--set cached_draws=1 keep_on_device=true".split(),
 }
 SAMPLES = {  # one video, which two ranks compute together; of "each" three, which they share out
     "sincos": ["--model", INPAINT, *"--num-frames 5 --guidance-scale 1".split()],

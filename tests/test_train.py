@@ -72,7 +72,7 @@ def config_of(*options, model: Path = INPAINT, **fields) -> presets.Config:
 def task_for(model: Path, dtype: torch.dtype = torch.float32, **fields) -> train_dit.Denoising:
     """At the start of its first phase, with a text encoder that learns."""
     task = train_dit.Denoising(config_of(model=model, **fields), model, torch.device("cpu"), dtype)
-    sharding.place(task.dit, torch.device("cpu"), dtype, replicate=False, offload=False)
+    sharding.place(task.dit, torch.device("cpu"), dtype, offload=False)
     task.begin(task.config.phases[0])
     return task
 
