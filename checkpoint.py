@@ -16,9 +16,7 @@ Pickled weights (.bin, .pt, .ckpt) are never opened: unpickling runs whatever co
 import contextlib
 import dataclasses
 import json
-import os
 import re
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from runtime import atomic_write, sync
+from runtime import atomic_write
 
 # ---------------------------------------------------------------- JSON and configs
 
@@ -297,124 +295,4 @@ def save_component(
     write_config(module.config, folder / "config.json", **stamps)
 
 
-# ---------------------------------------------------------------- the folder of a training run
-
 LORA = "lora.safetensors"  # beside a base model: what a run with --lora-rank has learnt
-COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-PIPELINES = {
-    16: "CogVideoXPipeline",
-    32: "CogVideoX_Fun_Pipeline_Control",
-    33: "CogVideoX_Fun_Pipeline_Inpaint",
-}
-MODEL_INDEX = {
-    "_class_name": PIPELINES[33],
-    "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
-    "text_encoder": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-    "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLCogVideoX"],
-}
-
-
-def write_model_index(out: Path, model_dir: Path | None, in_channels: int | None) -> None:
-    """OUT/model_index.json: as in model_dir where there is one; in_channels: where the transformer grew."""
-    index = MODEL_INDEX.copy()
-    if model_dir and (model_dir / "model_index.json").is_file():
-        index |= read_json(model_dir / "model_index.json")
-    index["_class_name"] = PIPELINES.get(in_channels, index["_class_name"])
-    write_json(index, out / "model_index.json")
-
-
-def link(source: Path, target: Path) -> None:
-    """`target` becomes another name of the file `source`, or a copy where the disk knows no hard links; of a
-    folder, each file in it does, and others go: an index of shards that were there is taken before a file."""
-    if source.is_dir():
-        target.mkdir(parents=True, exist_ok=True)
-        names = [path.name for path in source.iterdir() if not path.name.startswith(".")]
-        for name in names:
-            link(source / name, target / name)
-        for path in target.iterdir():
-            if path.name not in names:
-                path.unlink()
-        return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source.resolve(), temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
-
-
-@contextlib.contextmanager
-def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Like `atomic_write` for a whole folder: it appears complete, synced and named, or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for part in sorted(temporary.rglob("*")):
-            sync(part)
-        sync(temporary)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():  # a folder cannot be replaced in one step
-            os.replace(path, old)
-        os.replace(temporary, path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-NONE_YET = "none-yet"  # in OUT/checkpoints before the first: what OUT then holds may be made anew
-
-
-def checkpoints_of(out: Path) -> list[Path]:
-    """Those in OUT/checkpoints, the newest last; not copies, which somebody named otherwise."""
-    paths = (out / "checkpoints").glob("step-*")
-    numbered = [path for path in paths if path.name.removeprefix("step-").isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The last complete one of OUT/checkpoints; what a kill left half-written has a dot in front and goes."""
-    for torn in (out / "checkpoints").glob(".*"):
-        shutil.rmtree(torn, ignore_errors=True)
-    complete = [path for path in checkpoints_of(out) if (path / "training" / "state.json").is_file()]
-    return complete[-1] if complete else None
-
-
-def publish(out: Path, newest: Path, keep: int) -> None:
-    """OUT shows the weights of its newest checkpoint, and the last `keep` checkpoints stay."""
-    (out / "checkpoints" / NONE_YET).unlink(missing_ok=True)
-    for path in newest.iterdir():
-        if path.name != "training":
-            link(path, out / path.name)
-    for path in checkpoints_of(out)[:-keep]:
-        path = path.rename(path.with_name(f".{path.name}.old"))  # so that half of one is never taken for one
-        shutil.rmtree(path, ignore_errors=True)  # somebody may be reading; the next start tries again
-
-
-@contextlib.contextmanager
-def new_checkpoint(out: Path, step: int, keep: int) -> Iterator[Path]:
-    """OUT/checkpoints/step-…, to be filled with what changed: it appears complete or not at all, with what it
-    lacks linked from OUT. Then OUT shows its weights, and older ones go.
-
-    raises OSError if there is no room; what was there before is untouched then
-    """
-    target = out / "checkpoints" / f"step-{step:06d}"
-    try:
-        with atomic_dir(target) as folder:
-            yield folder
-            for name in (*COMPONENTS, "model_index.json"):
-                if (out / name).exists() and not (folder / name).exists():
-                    link(out / name, folder / name)
-    except OSError as error:
-        last = newest_checkpoint(out)
-        kept = f"{last} is intact: make room and --resume" if last else "there is no earlier checkpoint"
-        raise OSError(f"cannot save {target} ({error.strerror or error}); {kept}") from None
-    publish(out, target, keep)

@@ -10,25 +10,19 @@ noise of a micro-batch of (seed, epoch, its number), drawn at once on the device
 killed and resumed ends with the same bytes (but for rounding on a GPU, and where a cache on the device is
 filled anew), and the number of ranks changes only the rounding of sums.
 
-    OUT/  transformer/ vae/ text_encoder/ …    a checkpoint of EMA weights: sample.py --model OUT
-          lora.safetensors                     in place of new weights, with --lora-rank
-          checkpoints/step-000200/             the same, and training/ for --resume
-          log.jsonl  loss.png  previews/
-
 Where to look: the loop is `train`; what learns, and its loss, train_dit.py and train_vae.py; settings and
-presets presets.py; masks inpaint.py. Reference: CogVideoX-Fun scripts/train.py.
+presets presets.py; masks inpaint.py; what lies in --out run_folder.py. Reference: CogVideoX-Fun
+scripts/train.py.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +35,7 @@ import memory
 import runtime
 import sample
 from data import Micro, Plan, Record
-from diffusion import NUM_TIMESTEPS, Schedule
+from diffusion import NUM_TIMESTEPS
 from feed import Feed
 from inpaint import MASK_KINDS
 from kinds import native_fps, native_size
@@ -49,187 +43,12 @@ from log import Log
 from media import write_video
 from optim import OPTIMIZERS, Optim, clip_norm, learning_rate
 from presets import PRESETS, Config, Phase, set_field
-from runtime import DTYPES, NUM_RANKS, RANK, agree, gather, generator, say, sum_over_ranks, wait_for_ranks
+from run_folder import Run, begin_or_resume, round_weights, save
+from runtime import DTYPES, NUM_RANKS, RANK, agree, generator, say, sum_over_ranks, wait_for_ranks
 from sharding import place
 from sizes import check_frames, check_side
-from text_encoder import T5Config, T5Encoder
 from train_dit import Denoising
-from transformer import CHECKPOINTING, POSITIONS, TransformerConfig, VideoTransformer
-from vae import VideoVAE
-
-# ---------------------------------------------------------------- the folder of a run
-
-
-def make_component(name: str, config: Config, out: Path) -> None:
-    """OUT/name with fresh weights."""
-    if name == "transformer":
-        VideoTransformer(config.dit).save_pretrained(out)
-    elif name == "scheduler":
-        Schedule(config.schedule).save_pretrained(out)
-    elif name == "vae":
-        vae = VideoVAE(config.vae)
-        # A sharp posterior to start with: at a standard deviation of one the decoder would see only noise.
-        vae.encoder.conv_out.conv.bias.data[config.vae.latent_channels :] = -6
-        vae.save_pretrained(out)
-    elif name == "text_encoder":
-        T5Encoder(config.t5).save_pretrained(out)
-    elif name == "tokenizer":
-        from shapes import make_tokenizer  # here, so that shapes.py can be deleted
-
-        (out / name).mkdir()
-        make_tokenizer().save(str(out / name / "tokenizer.json"))
-        notes = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 24}
-        notes |= {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-        (out / name / "tokenizer_config.json").write_text(json.dumps(notes) + "\n")
-
-
-def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch: bool) -> None:
-    """OUT as a complete checkpoint before the first step: the folders of --model, what it lacks made anew.
-
-    from_scratch: new weights for the component that learns, even where --model has it
-    """
-    torch.manual_seed(config.seed)
-    learns = {"dit": "transformer", "vae": "vae"}[config.train]
-    wanted = checkpoint.COMPONENTS if config.train == "dit" else (learns,)
-    there = {}
-    if model_dir:
-        there = {name: model_dir / name for name in checkpoint.COMPONENTS if (model_dir / name).is_dir()}
-    if "text_encoder" in there:  # a new transformer is as wide as its text
-        width = checkpoint.read_config(T5Config, there["text_encoder"] / "config.json").d_model
-        config = replace(config, dit=replace(config.dit, text_embed_dim=width))
-    if from_scratch:
-        there.pop(learns, None)
-    if config.lora_rank and learns not in there:
-        raise ValueError("--lora-rank fine-tunes a transformer; give a --model that has one")
-    makes = {"transformer": config.dit, "scheduler": config.schedule, "vae": config.vae}
-    makes |= {"text_encoder": config.t5, "tokenizer": config.t5}
-    for name in wanted:  # all are looked at before the first is made
-        if name not in there and makes[name] is None:
-            raise ValueError(f"there is no {name}/ to start from; give a --model that has one")
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (out / "checkpoints" / checkpoint.NONE_YET).touch()  # first, as it tells a run from a model
-    for name in checkpoint.COMPONENTS:
-        if (out / name).exists():  # of a run that was killed before its first checkpoint
-            shutil.rmtree(out / name)
-        if name in there:
-            checkpoint.link(there[name], out / name)
-        elif name in wanted:
-            make_component(name, config, out)
-    checkpoint.write_model_index(out, model_dir, config.in_channels)
-
-
-@dataclass
-class Counters:
-    """Where a run is; beside weights, moments and EMA all there is to save."""
-
-    phase: int = 0
-    step: int = 0  # of the phase
-    total_steps: int = 0
-    epoch: int = 0
-    batch: int = 0  # of the epoch: the micro-batch that is next
-    log_bytes: int = 0  # length of log.jsonl
-
-    def advance(self, micros: list[Micro], phases: tuple[Phase, ...]) -> None:
-        """Behind a step, and into the next phase (with an epoch of its own) where this one ends."""
-        self.step += 1
-        self.total_steps += 1
-        self.epoch = micros[-1].epoch
-        self.batch = micros[-1].number + 1
-        if self.step == phases[self.phase].num_steps and self.phase + 1 < len(phases):
-            self.phase += 1
-            self.step = 0
-            self.epoch += 1
-            self.batch = 0
-
-
-STATE_VERSION = 2  # 1 drew the noise of each sample by itself
-
-
-@dataclass
-class Run:
-    """OUT, and where its run is."""
-
-    out: Path
-    settings: dict  # that have to be the same when it is resumed
-    at: Counters
-    newest: Path | None  # the checkpoint to go on from
-
-
-def by_field(settings: dict) -> dict:
-    """The same with each field of each phase under a name of its own."""
-    named = {name: value for name, value in settings.items() if name != "phases"}
-    named["number of phases"] = len(settings["phases"])
-    for i, phase in enumerate(settings["phases"], 1):
-        named |= {f"{name} of phase {i}": value for name, value in phase.items()}
-    return named
-
-
-def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace) -> Run:
-    """The start of a run, with OUT made ready, or where its newest checkpoint is."""
-    out, model_dir = options.out, options.model
-    newest = checkpoint.newest_checkpoint(out)
-    if not newest:
-        is_model = any((out / name).exists() for name in checkpoint.COMPONENTS)
-        is_start = model_dir and out.resolve() == model_dir.resolve()
-        if is_start or (is_model and not (out / "checkpoints" / checkpoint.NONE_YET).exists()):
-            raise ValueError(f"--out {out} holds a model, which a new run would replace; choose another")
-        if model_dir and (model_dir / checkpoint.LORA).is_file():
-            raise ValueError(f"{model_dir} is a base model with a LoRA, which would be left out; go on "
-                             f"with --resume and --out {model_dir}, or give the base model")  # fmt: skip
-        if options.resume:
-            say(f"note: there is no checkpoint in {out}; a new run begins")
-        if RANK == 0:
-            begin_folder(out, model_dir, config, options.from_scratch)
-        return Run(out, settings, Counters(phase=options.phase - 1), None)
-    if not options.resume:
-        raise ValueError(f"{out} holds a run ({newest.name}); add --resume, or choose another --out")
-    state = checkpoint.read_json(newest / "training" / "state.json")
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(f"{newest} is of an earlier version; start a new run from it with --model")
-    before, now = by_field(state["settings"]), by_field(settings)
-    last, length = config.phases[-1], f"num_steps of phase {len(config.phases)}"
-    if last.lr == last.final_lr and now[length] > before.get(length, 0):
-        before[length] = now[length]  # at a constant rate a run may become longer
-    for name, value in now.items():
-        was = before.get(name, value)  # a checkpoint may be older than a setting
-        if value != was:
-            raise ValueError(f"{newest} was trained with {name} = {was}, now it is {value}; repeat the "
-                             "settings to resume, or start a new run from it with --model")  # fmt: skip
-    say(f"resuming from {newest}")
-    if RANK == 0:
-        checkpoint.publish(out, newest, options.keep)  # the kill may have come between saving and this
-    return Run(out, settings, Counters(**state["counters"]), newest)
-
-
-def save(run: Run, keep: int, task, optim: Optim, is_lora: bool) -> None:
-    """A checkpoint: folders like those of --model with EMA weights, and training/ with all else."""
-    out, at = run.out, run.at
-    if RANK == 0:
-        runtime.sync(out / "log.jsonl")  # or a power cut could leave less of it than the checkpoint says
-        at.log_bytes = (out / "log.jsonl").stat().st_size
-    state = {"version": STATE_VERSION, "counters": dataclasses.asdict(at), "settings": run.settings}
-    target = contextlib.nullcontext()
-    if RANK == 0:
-        target = checkpoint.new_checkpoint(out, at.total_steps, keep)
-    with target as folder:
-        training = gather(optim.state(with_ema=is_lora))  # written first: of one rank it is no copy
-        if RANK == 0:
-            checkpoint.save_weights(training, folder / "training", "state")
-            (folder / "training" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        with optim.averaged():
-            weights = gather(task.weights())
-            if RANK == 0:
-                task.save(folder, weights)
-    wait_for_ranks()  # as torchrun ends all when one has ended, also one that is still writing
-    say(f"saved step {at.total_steps} in {out / 'checkpoints'}")
-
-
-def round_weights(out: Path, dtype: torch.dtype) -> None:
-    """Those in OUT, which is what is used from now on; checkpoints keep all digits."""
-    for network, name in ((VideoTransformer, "transformer"), (VideoVAE, "vae"), (T5Encoder, "text_encoder")):
-        if (out / name).is_dir():
-            network.from_pretrained(out, dtype).save_pretrained(out)
-
+from transformer import CHECKPOINTING, POSITIONS, TransformerConfig
 
 # ---------------------------------------------------------------- the loop
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoint
-from checkpoint import atomic_dir, atomic_write, save_component, save_weights, weight_files
+from checkpoint import atomic_write, save_component, save_weights, weight_files
 from diffusion import Schedule
+from run_folder import atomic_dir
 from text_encoder import T5Encoder
 from transformer import VideoTransformer
 from vae import VideoVAE

@@ -14,8 +14,8 @@ from test_metadata import items, make_files
 import data
 import media
 import presets
+import run_folder
 import shapes
-import train
 from runtime import generator
 from sizes import Bucket
 
@@ -123,12 +123,12 @@ def test_what_a_cache_is_asked_for_is_all_that_the_steps_need(only_full, num_dra
 
 @pytest.mark.parametrize("num_draws, only_full", [(0, False), (2, True)])
 def test_a_resume_goes_on_with_the_next_micro_batch_across_an_epochs_end(num_draws, only_full):
-    """From each place that train.Counters remembers the rest of the steps follows."""
+    """From each place that run_folder.Counters remembers the rest of the steps follows."""
     phases = (presets.TINY.phases[0],)
     whole = data.Epochs(mixed_records(30), mixed_plan(), 3, num_draws, only_full).steps(0, 0, size=3)
     steps = [next(whole) for _ in range(25)]
     assert any(micros[0].epoch < micros[-1].epoch for micros in steps)  # a step may lie in two epochs
-    at = train.Counters()
+    at = run_folder.Counters()
     for done, micros in enumerate(steps, 1):
         at.advance(micros, phases)
         assert (at.step, at.total_steps) == (done, done)
@@ -139,7 +139,7 @@ def test_a_resume_goes_on_with_the_next_micro_batch_across_an_epochs_end(num_dra
 
 def test_a_resume_where_an_epoch_ends_begins_the_next():
     epochs = data.Epochs(mixed_records(30), mixed_plan(), 3)
-    at = train.Counters()
+    at = run_folder.Counters()
     at.advance(epochs.micros(0), (presets.TINY.phases[0],))  # a step of just one epoch
     assert (at.epoch, at.batch) == (0, len(epochs.micros(0)))
     assert next(epochs.steps(at.epoch, at.batch, size=2)) == epochs.micros(1)[:2]
@@ -148,7 +148,7 @@ def test_a_resume_where_an_epoch_ends_begins_the_next():
 def test_a_phase_ends_with_its_last_step_and_the_next_begins_an_epoch():
     phases = (dataclasses.replace(presets.TINY.phases[0], num_steps=2),) * 2
     steps = data.Epochs(mixed_records(), mixed_plan(), 3).steps(0, 0, size=2)
-    at = train.Counters()
+    at = run_folder.Counters()
     at.advance(next(steps), phases)
     assert (at.phase, at.step, at.epoch, at.batch) == (0, 1, 0, 2)
     at.advance(next(steps), phases)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import media
 import parallel
+import run_folder
 import sample
 import train
 
@@ -128,7 +129,7 @@ def test_micro_batches_that_cannot_be_dealt_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_signal_to_one_rank_stops_both_behind_the_same_step(two):
-    newest = train.checkpoint.newest_checkpoint(two / "stopped")
+    newest = run_folder.newest_checkpoint(two / "stopped")
     last = entries(two / "stopped")[-1]["step"]
     assert newest.name == f"step-{last:06d}" and last < 500
     assert json.loads((newest / "training/state.json").read_text())["counters"]["total_steps"] == last

@@ -22,11 +22,12 @@ import sharding
 import train
 import train_dit
 import train_vae
-from checkpoint import newest_checkpoint, save_weights
+from checkpoint import save_weights
 from data import Micro, Plan, Record, Sample, load_sample, pixels_of
 from diffusion import Schedule
 from lora import load_lora
 from media import write_video
+from run_folder import newest_checkpoint
 from sizes import Bucket
 from text_encoder import T5Encoder
 from train import learning_rate, main, make_config, parse, stratified_timesteps
@@ -283,7 +284,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(whole, half):
     assert not list((half / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("moment", ["checkpoint.save_weights", "log.draw_curve", "checkpoint.publish"])
+@pytest.mark.parametrize("moment", ["checkpoint.save_weights", "log.draw_curve", "run_folder.publish"])
 def test_a_kill_leaves_the_last_checkpoint_to_resume_from(whole, half, moment, monkeypatch):
     """In a save, before it and after it."""
 
