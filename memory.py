@@ -16,7 +16,7 @@ import torch
 
 import sample
 from presets import Config, Phase
-from runtime import NUM_RANKS
+from runtime import NUM_RANKS, as_size, listed
 from transformer import VideoTransformer
 
 # Bytes for each token and unit of width: kept of every block, and more while one is at work. Found by adding
@@ -91,14 +91,6 @@ def gib_used(device: torch.device) -> float:
     except ImportError:  # Windows
         return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
-
-
-def as_size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.3g} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.3g} MiB"
-
-
-def listed(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {as_size(size)}" for name, size in parts.items() if size)
 
 
 def describe(

@@ -119,6 +119,15 @@ def say(text: object, on_all_ranks: bool = False) -> None:
         print(str(text).encode(errors="backslashreplace").decode(), flush=True)
 
 
+def as_size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.3g} MiB"
+
+
+def listed(parts: dict[str, int]) -> str:
+    """Names and their sizes, as text."""
+    return ", ".join(f"{name} {as_size(size)}" for name, size in parts.items() if size)
+
+
 # ---------------------------------------------------------------- devices
 
 

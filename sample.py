@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import runtime
 from checkpoint import LORA, find_model, open_safetensors, save_tensors, unknown_keys
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
 from inpaint import add_reference_noise, inpaint_condition
@@ -37,7 +38,7 @@ from kinds import native_fps, native_size
 from media import WRITERS, to_pixels, to_uint8, write_video
 from models import Models, load_models
 from request import Known, Request, complete, latent_shape, read_inputs
-from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, fail, in_one_line, say
+from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, listed, say
 from sizes import latent_frames, num_tokens
 from transformer import VideoTransformer
 from vae import decoded_frames
@@ -268,7 +269,6 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     latents = latent_shape(config, known)
     tokens = num_tokens(known.num_frames, known.height, known.width, config.patch_size_t or 1)
     needs = estimate_bytes(models, latents, request.tiled)
-    memory = ", ".join(f"{stage} {need / 2**30:.1f}" for stage, need in needs.items())
     dtype = models.dtype_name + (", matrices as float8" if models.low_memory else "")
     notes = [*known.notes, *prompt_notes(models, requests)]
     num_decoded = decoded_frames(latent_frames(known.num_frames), models.first_alone)
@@ -288,7 +288,7 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
         f"sampler  {request.sampler}, {request.num_steps} steps, strength {request.strength:g}, "
         f"guidance {request.guidance_scale:g}",
         f"device   {models.device}, {dtype}",
-        f"memory   about {memory} GiB",
+        f"memory   about {listed(needs)}",
     ]
     if request.step_cache:
         from stepcache import announce  # here and in `denoise`, so that stepcache.py can be deleted
@@ -578,10 +578,10 @@ def main(argv: list[str] | None = None) -> int:
             run(args)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        message = in_one_line(error, MEMORY_REMEDY)
+        message = runtime.in_one_line(error, MEMORY_REMEDY)
         if message is None:
             raise  # a mistake of ours, and its traceback is wanted
-    return fail("sample.py", message)
+    return runtime.fail("sample.py", message)
 
 
 if __name__ == "__main__":
