@@ -268,6 +268,8 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     config = models.config
     latents = latent_shape(config, known)
     tokens = num_tokens(known.num_frames, known.height, known.width, config.patch_size_t or 1)
+    count = models.num_parameters["transformer"]
+    size = f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
     needs = estimate_bytes(models, latents, request.tiled)
     dtype = models.dtype_name + (", matrices as float8" if models.low_memory else "")
     notes = [*known.notes, *prompt_notes(models, requests)]
@@ -281,8 +283,7 @@ def describe(models: Models, requests: list[Request], known: Known) -> str:
     if (models.model_dir / LORA).is_file() and not models.loras:
         notes.append(f"{LORA} of this folder is not used; add --lora {models.model_dir}")
     lines = [
-        f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, "
-        f"{models.num_parameters['transformer'] / 1e9:.3g} B parameters",
+        f"model    {models.model_dir}: {models.kind}, {config.in_channels} channels, {size} parameters",
         f"video    {len(requests)} of {known.width}x{known.height}, {known.num_frames} frames -> "
         f"{latents[2]} latent frames -> {tokens} tokens",
         f"sampler  {request.sampler}, {request.num_steps} steps, strength {request.strength:g}, "
