@@ -357,7 +357,7 @@ def check_out(target: Path, count: int, inputs: list[str | None]) -> None:
     is_file = target.suffix and not target.is_dir()
     if is_file and target.suffix.lower() not in WRITERS:
         raise ValueError(f"--out {target}: files end in {', '.join(WRITERS)}; a folder has no ending")
-    if len(os.fsencode(target.stem)) > 180:
+    if len(os.fsencode(target.stem)) > 180:  # 255 is the most, and -segment-1.safetensors may come behind
         raise ValueError(f"--out {target}: a name of more than 180 bytes; take a shorter one")
     for path in output_paths(target, count, "") if is_file else []:
         for made in (path, path.with_suffix(".safetensors"), path.with_suffix(".json")):
@@ -507,7 +507,8 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, tell: 
     for latents, (request, path) in zip(generate_each(models, [request for request, _ in work], known), work):
         if models.writes:
             if Path(args.out).is_dir() and path.with_suffix(".safetensors").exists():
-                [path] = output_paths(Path(args.out), 1, path.suffix)  # a run beside this one was faster
+                # A run that was started meanwhile has taken the number.
+                [path] = output_paths(Path(args.out), 1, path.suffix)
             record = make_record(models, request, known.num_frames, known.height, known.width)
             save_latents(path.with_suffix(".safetensors"), latents, record)
             made.append((path, latents, record))
@@ -543,7 +544,7 @@ def run(args: argparse.Namespace) -> None:
 
     inputs = [*(args.image or []), args.end_image, args.video, args.mask, args.control_video]
     inputs += [path for path, _ in map(parse_lora, args.lora or [])]
-    count = max(1, len(args.prompt)) * len(args.seed or [0])
+    count = max(1, len(args.prompt)) * len(args.seed or [0])  # of videos; --from-latents has no prompt
     check_out(Path(args.out), count, inputs)
     settings = asked(args)
     settings.pop("seed", None)  # there may be several

@@ -369,10 +369,9 @@ def check_config(config: Config, args: argparse.Namespace) -> None:
                 f"{config.batch_size} for {NUM_RANKS} ranks; give --grad-accum a multiple of {NUM_RANKS}"
             )
     is_dit = config.train == "dit"
-    for name in ("cache_latents", "lora_rank", "in_channels", "masks", "offload", "compile",
-                 "activation_checkpointing"):  # fmt: skip
-        if not is_dit and getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for --train dit; leave it out")
+    for flag in "cache-latents lora-rank in-channels masks offload compile activation-checkpointing".split():
+        if not is_dit and getattr(args, flag.replace("-", "_")):
+            raise ValueError(f"--{flag} is for --train dit; leave it out")
     if config.cached_draws and not is_dit:
         raise ValueError("cached_draws is for --train dit; leave it out")
     if config.keep_encoder and (is_dit or not args.model or args.from_scratch):
@@ -420,12 +419,19 @@ def check_records(records: list[Record], kind: str, plans: list[Plan]) -> None:
     for record in records:
         if kind == "control" and not record.read_control:
             raise ValueError(f"a control model needs a control_file_path for every sample: {record.name}")
-        for plan in plans if kind == "image" else []:  # which would be shown all there is to make
-            for size in data.sizes_for(record, plan) or [min(plan.resolutions)]:
-                if data.bucket_at(record, plan, size).num_frames == 1:
-                    raise ValueError(f"an image-to-video model learns from clips alone, and of {record.name} "
-                                     f"one frame is left at {size}; remove it, or give smaller --resolutions "
-                                     "or more --max-tokens")  # fmt: skip
+        if kind == "image":
+            for plan in plans:
+                check_is_clip(record, plan)
+
+
+def check_is_clip(record: Record, plan: Plan) -> None:
+    """Of one frame alone an image model would be shown all there is to make."""
+    for size in data.sizes_for(record, plan) or [min(plan.resolutions)]:
+        if data.bucket_at(record, plan, size).num_frames == 1:
+            raise ValueError(
+                f"an image-to-video model learns from clips alone, and of {record.name} one frame is left at "
+                f"{size}; remove it, or give smaller --resolutions or more --max-tokens"
+            )
 
 
 SAME_SIGNAL = 2.0  # seconds: timeout and torchrun send theirs twice, which must not interrupt the save

@@ -29,7 +29,7 @@ def empty_folder(tmp_path, monkeypatch):
     Image.new("L", (48, 32), 255).save(tmp_path / "media/white.png")
     write_video(NOISE, tmp_path / "media/clip.mp4")
     write_video(NOISE[:3], tmp_path / "media/short.gif")
-    (tmp_path / "media/fine.safetensors").touch()
+    (tmp_path / "media/fine-1.safetensors").touch()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -157,6 +157,19 @@ def test_frames_that_do_not_fit_are_cut_and_said(capfd):
     assert "7 frames do not fit this model: the first 5 are taken" in capfd.readouterr().out
 
 
+def test_a_number_that_another_run_has_taken_meanwhile_stays_its_own(monkeypatch):
+    denoise = sample.denoise
+
+    def and_meanwhile(*args):
+        Path("outputs/0001.safetensors").write_text("theirs")
+        return denoise(*args)
+
+    monkeypatch.setattr(sample, "denoise", and_meanwhile)
+    found = made("x", model=TEXT, **{"num-steps": 1, "num-frames": 1})
+    assert found == ["0001.safetensors", "0002.json", "0002.png", "0002.safetensors"]
+    assert Path("outputs/0001.safetensors").read_text() == "theirs"
+
+
 def test_an_end_picture_of_another_shape_is_said_to_change(capfd):
     Image.new("RGB", (32, 64)).save("tall.png")
     made("x", image="../media/picture.png", out="a.mp4", height=32, width=48, **{"end-image": "tall.png"})
@@ -217,6 +230,7 @@ def test_frames_that_are_not_finite_are_never_written_and_latents_stay(monkeypat
 # ---------------------------------------------------------------- what would waste hours, or a file
 
 PICTURE, CLIP = ["--image", "../media/picture.png"], ["--video", "../media/clip.mp4"]
+LORA = ["--lora", "../media/fine-1.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +244,7 @@ PICTURE, CLIP = ["--image", "../media/picture.png"], ["--video", "../media/clip.
         (INPAINT, ["--mask", "../media/white.png"], ["mask needs a video"]),
         (INPAINT, [*CLIP, "--mask", "../media/short.gif"], ["short.gif has 3 frames, the clip 13"]),
         (INPAINT, [*CLIP, "--out", "../media/clip.mp4"], ["clip.mp4 is an input", "another name"]),
-        (INPAINT, ["--lora", "../media/fine.safetensors", "--out", "../media/fine.mp4"], ["is an input"]),
+        (INPAINT, [*LORA, "--seed", "1", "2", "--out", "../media/fine.mp4"], ["fine-1.safetensors is an"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_in_one_line(model, flags, words, capfd):

@@ -161,7 +161,7 @@ def flat_clips() -> torch.Tensor:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 @torch.no_grad()
 def test_flat_pictures_keep_their_digits(memory_format):
-    """3e-5 against float64: where all pixels are equal, careless sums of fp32 would give 1e-3 or worse."""
+    """3e-5 against float64: torch's own group norm, on channels-last memory, is 4e-4 to 1e-2 away."""
     pixels = flat_clips()
     vae = VideoVAE.from_pretrained(GOLDENS / "fun-2b-inp")
     exact = VideoVAE.from_pretrained(GOLDENS / "fun-2b-inp", dtype=torch.float64)
