@@ -32,8 +32,8 @@ from sizes import Bucket, frames_for, nearest_shape, num_tokens
 
 # ---------------------------------------------------------------- samples: what is known before decoding
 
-# (start, num_frames, size) -> uint8 f h w 3; start counts frames at the rate we train at. The size (height,
-# width) is a wish, which a drawing can fulfil; a file comes as it is and is fitted afterwards.
+# (start, num_frames, size) -> uint8 f h w 3 of that size (height, width), to which files are fitted; start
+# counts frames at the rate we train at.
 Reader = Callable[[int, int, tuple[int, int]], np.ndarray]
 
 
@@ -64,8 +64,8 @@ def open_record(entry: Entry, fps: float) -> Record:
 
     def reader(path: Path) -> Reader:
         if entry.is_image:
-            return lambda start, num_frames, size: read_image(path)[None]
-        return lambda start, num_frames, size: read_video(path, num_frames, fps, start / fps)
+            return lambda start, num_frames, size: fit(read_image(path)[None], *size)
+        return lambda start, num_frames, size: read_video(path, num_frames, fps, start / fps, size=size)
 
     def look(path: Path) -> tuple[int, tuple[int, int]]:
         """Frames at the rate we train at; height, width."""
@@ -380,8 +380,7 @@ def load_sample(record: Record, bucket: Bucket, key: Key, plan: Plan) -> Sample:
     start = integer(generator(*key, "start"), 0, record.num_frames - num_frames)
 
     def take(read: Reader) -> Tensor:
-        frames = read_all(record, read, start, num_frames, (height, width))
-        return torch.from_numpy(np.array(fit(frames, height, width)))
+        return torch.from_numpy(np.array(read_all(record, read, start, num_frames, (height, width))))
 
     mask = torch.ones(1, 1, 1, dtype=torch.bool).expand(num_frames, height, width)  # generate everything
     zero_if_all_masked = True

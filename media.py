@@ -382,12 +382,14 @@ def read_video(
     fps: float | None = None,
     start: float = 0.0,
     background: int = WHITE,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """The frames nearest to the instants start + i/fps of a clip, uint8 f h w 3.
 
     num_frames: at most so many; a shorter clip gives what it has   start: seconds
     fps: frames a second to read at (a slow clip repeats frames); None takes every frame as it is stored
     source: path, or uint8 array f h w 3, which is taken to be at the wanted rate already
+    size: height and width that the frames of a file are fitted to, each as it comes: 49 of 8K are 5 GB
     raises OSError if the file is missing, ValueError if it is damaged, a picture, or over before `start`
     """
     if not isinstance(source, (str, Path)):
@@ -396,6 +398,7 @@ def read_video(
             raise ValueError(f"a clip is uint8 f h w 3, not {frames.dtype} {list(frames.shape)}")
         return frames[:num_frames]
     frames: list[np.ndarray] = []
+    sizes = set()
     for shown in shown_frames(source, start, background):
         if fps is None:
             count = int(shown.begin > start - MILLISECOND)
@@ -404,12 +407,14 @@ def read_video(
         if num_frames is not None:
             count = min(count, num_frames - len(frames))
         if count:
-            frames += [shown.read()] * count
+            frame = shown.read()
+            sizes.add(frame.shape)
+            frames += [fit(frame[None], *size)[0] if size else frame] * count
         if len(frames) == num_frames:
             break
     if not frames:
         raise ValueError(f"{source} has no frame at {start:g} s; it is empty or shorter than that")
-    if len({frame.shape for frame in frames}) > 1:
+    if len(sizes) > 1:
         raise ValueError(f"{source} changes its size on the way; encode it anew at one size")
     return np.stack(frames)
 

@@ -178,6 +178,8 @@ def test_fitting_covers_the_shape_and_cuts_evenly():
     assert abs(int(wide[0, 25, -1, 0]) - 148) <= 1 and wide[0, 0, 25, 0] == wide[0, -1, 25, 0]
     assert np.array_equal(media.fit(ramp.swapaxes(1, 2), 50, 50), wide.swapaxes(1, 2))
     assert np.array_equal(media.fit(ramp, 100, 100), ramp[:, :, 50:150])
+    fitted = media.fit(media.read_video(CASES / "hflip.mp4", 3), 24, 40)
+    assert np.array_equal(media.read_video(CASES / "hflip.mp4", 3, size=(24, 40)), fitted)
 
 
 def test_a_mirrored_and_turned_clip_is_shown_as_a_player_shows_it(tmp_path):
