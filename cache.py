@@ -8,6 +8,7 @@ An entry is what one sample is under one key (seed, draw, sample), see data.Epoc
 
     latents  32 f' h' w'   posterior of the clip: means, then log-variances   (control: of the control clip)
     masked   32 f' h' w'   the same of what an inpaint model is shown; known 1 f' h' w', zero: see inpaint.py
+    picture  32 1 h' w'    the same of an image model's first picture; zero: whether it is dropped
 
 Posteriors are kept, not samples of them, so each epoch samples anew. Texts are kept beside, one for each
 caption. On disk (--cache-latents DIR) an entry is a file, named by a hash of all that decides it: the content
@@ -53,9 +54,9 @@ class Cache:
         self.keep_texts(micros)
         return sum(len(group.keys) for group in groups)
 
-    def told(self, captions: list[str]) -> Iterator[Tensor]:
-        """What T5 says of each caption. It is always told so many together, with empty ones at the end: of
-        another number it would round otherwise, and a resumed run could not end with the same bytes."""
+    def encoded_texts(self, captions: list[str]) -> Iterator[Tensor]:
+        """What T5 says of each caption. It always gets TEXTS at once, filled up with empty ones: another
+        number would round differently, and a resumed run would not end with the same bytes."""
         for i in range(0, len(captions), TEXTS):
             group = captions[i : i + TEXTS]
             padding = [""] * (TEXTS - len(group))
@@ -113,7 +114,7 @@ class DeviceCache(Cache):
 
     def keep_texts(self, micros: list[Micro]) -> None:
         """All of them anew in each phase: T5 may have learnt in the last one."""
-        self.texts = torch.stack(list(self.told(list(self.text_rows)))).to(self.device)
+        self.texts = torch.stack(list(self.encoded_texts(list(self.text_rows)))).to(self.device)
 
     def batches(self, micros: Iterable[Micro]) -> Iterator[Batch]:
         """Texts come once for each caption of a micro-batch, with text_row b to repeat them."""
@@ -166,7 +167,7 @@ class DiskCache(Cache):
     def keep_texts(self, micros: list[Micro]) -> None:
         captions = dict.fromkeys(self.caption(*place) for place in places_of(micros))
         lacking = [caption for caption in captions if not is_whole(self.text_path(caption))]
-        for caption, text in zip(lacking, self.told(lacking)):
+        for caption, text in zip(lacking, self.encoded_texts(lacking)):
             save_tensors({"text": text.cpu().contiguous()}, self.text_path(caption), {})
 
     def batches(self, micros: Iterable[Micro]) -> Iterator[Batch]:

@@ -79,9 +79,9 @@ def only(config, **allowed: tuple) -> None:
             raise ValueError(f"{name} = {value!r:.60} is not supported, only {supported}")
 
 
-def write_config(config, path: Path, **overrides) -> None:
-    """The inverse of `read_config`; `overrides` (such as _class_name) are used where `extra` lacks them."""
-    content = {**overrides, **config.extra, **dataclasses.asdict(config)}
+def write_config(config, path: Path, **stamps) -> None:
+    """The inverse of `read_config`; `stamps` (such as _class_name) are used where `extra` lacks them."""
+    content = {**stamps, **config.extra, **dataclasses.asdict(config)}
     del content["extra"]
     write_json(dict(sorted(content.items())), path)
 
@@ -139,7 +139,7 @@ def open_safetensors(path: Path) -> Iterator:
 def weight_files(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor: {key: path}, from the shards' index or from the single file itself.
 
-    Variants (model.fp16.safetensors, model.safetensors.index.fp16.json) are taken where all else lacks.
+    Variants (model.fp16.safetensors, model.safetensors.index.fp16.json) are taken if there is nothing else.
     """
     indices = sorted(folder.glob("[!.]*.safetensors.index*.json"))  # a dot in front: left by macOS
     files = sorted(folder.glob("[!.]*.safetensors"))

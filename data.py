@@ -175,7 +175,7 @@ def caption_report(captions: list[str], tokenizer, max_length: int) -> list[str]
 # ---------------------------------------------------------------- micro-batches: which samples train together
 
 CAPTION_DROP = 0.1  # unconditional samples, for guidance
-TEXT_ONLY = 0.9  # of the samples with everything masked have a zero condition
+ZERO_CONDITION = 0.9  # share of the samples with everything masked whose condition is zero
 PICTURE_DROP = 0.05  # of an image model's samples are not shown their first picture
 
 Key = tuple[int, int, int]  # (seed, draw, sample): what all about a sample is a function of, see `Epochs`
@@ -193,7 +193,7 @@ class Plan:
     num_padding: int = 0  # latent frames in front of a clip, which count: CogVideoX1.5's, see Denoising
     size: tuple[int, int] | None = None  # height, width, where a model takes no other
     masks: dict[str, float] = dataclasses.field(default_factory=MASK_KINDS.copy)  # none: not drawn
-    text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
+    text_only: float = 0.0  # share of samples with everything masked and a zero condition, beyond `masks`
 
 
 def sizes_for(record: Record, plan: Plan) -> list[int]:
@@ -386,7 +386,7 @@ def load_sample(record: Record, bucket: Bucket, key: Key, plan: Plan) -> Sample:
     zero_if_all_masked = True
     if plan.masks and not (plan.text_only and chance(generator(*key, "mask dropped"), plan.text_only)):
         mask = random_mask(generator(*key, "mask"), num_frames, height, width, plan.masks)
-        zero_if_all_masked = chance(generator(*key, "text only"), TEXT_ONLY)
+        zero_if_all_masked = chance(generator(*key, "text only"), ZERO_CONDITION)
     drawing = (record.scene, start, record.num_frames) if record.scene else None
     return Sample(
         key=key,
@@ -479,4 +479,4 @@ def each_ahead(micros: Iterable[Micro], load: Callable, num_threads: int, ahead:
             while waiting:
                 yield [job.result() for job in waiting.popleft()]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)

@@ -280,7 +280,7 @@ def dpm(
         level = _log_snr(a)
         h = _log_snr(a_next) - level
         target = x0
-        if x0_old is not None and a_next != 1:  # else of first order: no past, or infinite, to clean
+        if x0_old is not None and a_next != 1:  # else first order: no step before it, or h is infinite
             r = (level - level_old) / h
             target = x0 + (x0 - x0_old) / (2 * r)
         keep = ((1 - a_next) / (1 - a)) ** 0.5

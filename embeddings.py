@@ -11,7 +11,8 @@ L text tokens and n video tokens. Text has no position: its rows are zero when a
 Sinusoids: Vaswani et al. 2017, sec. 3.5. RoPE: Su et al. 2021. Their 3D forms: CogVideoX (Yang et al. 2024),
 sec. 2.2, and diffusers models/embeddings.py (get_3d_sincos_pos_embed, get_3d_rotary_pos_embed).
 
-b batch · f frames · h w height, width · c channels · n video tokens · L text tokens · d model width · p patch
+b batch · f h w frames, height, width of latents · c channels · n video tokens · L text tokens · d model width
+p patch
 """
 
 import math

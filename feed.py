@@ -37,7 +37,7 @@ class Feed:
         self.read = functools.partial(load_sample, plan=self.plan)
         names = [int(digest, 16) for digest in self.digests]  # so an entry does not depend on its place
         self.epochs = Epochs(
-            self.files.records, self.plan, config.seed, config.cached_draws, config.keep_on_device, names
+            self.files.records, self.plan, config.seed, config.cached_draws, config.only_full, names
         )
         self.held_out_micros = data.held_out_micros(self.files.held_out, self.plan, config.seed)
         size = phase.global_batch // config.batch_size

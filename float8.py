@@ -41,7 +41,7 @@ def shrink(dit: VideoTransformer, device: str | torch.device) -> None:
         weight = (weight / scale).to(torch.float8_e4m3fn)
         module.__class__ = Linear
         module.weight = nn.Parameter(weight, requires_grad=False)
-        module.register_buffer("scale", scale)  # part of the state dict: what is saved does not load as whole
+        module.register_buffer("scale", scale)  # in the state dict, so that a saved model is refused
     for tensor in [*dit.parameters(), *dit.buffers()]:
         if tensor.dtype != torch.float8_e4m3fn:
             tensor.data = tensor.data.to(device, copy=True)  # a view would keep the whole file in memory

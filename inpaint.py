@@ -31,7 +31,7 @@ from vae import VAEConfig, VideoVAE, sample_posterior
 MASK_KINDS = {  # of a clip, with their share (the reference's); a picture: a box .2, everything .8
     "everything": 0.2,
     "after the start": 0.2,  # all frames from k on, k = 1 … 4
-    "between start and end": 0.2,  # frames k … f-k
+    "between start and end": 0.2,  # all but the first k and the last k
     "ellipse": 0.1,
     "circle": 0.05,
     "box": 0.05,
@@ -126,7 +126,7 @@ def draw_noise_sigma(generator: torch.Generator) -> float:
 
 
 def add_reference_noise(pixels: Tensor, sigma: float | Tensor, noise: Tensor) -> Tensor:
-    """Blur what a known frame tells, so that the model does not copy it blindly: pixels + sigma · noise,
+    """Noise on what is known, so that the model does not copy it blindly: pixels + sigma · noise,
     except where pixels are exactly −1 (masked, or black), which stays the sign for "unknown"."""
     return torch.where(pixels == -1, pixels, pixels + sigma * noise)
 

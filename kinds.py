@@ -6,14 +6,14 @@
     32 = 16+16          control  a control clip                             CogVideoX_Fun_Pipeline_Control
     32, learned or ofs  image    a start picture, an end if trained so      diffusers CogVideoXImageToVideo
 
-Models of kind text or image with patch_size_t are CogVideoX1.5: where the number of latent frames is odd they
-make one more in front, which is dropped before decoding (`num_padding`). Of kind inpaint they are Fun V1.5.
+Models of kind text or image with patch_size_t are CogVideoX1.5: an odd number of latent frames above one gets
+one more in front, which is dropped before decoding (`num_padding`). Of kind inpaint they are Fun V1.5.
 """
 
 import math
 
 from sizes import MAX_FRAMES, check_frames, check_side, latent_frames, near_side, video_frames
-from transformer import TransformerConfig
+from transformer import TransformerConfig, position_rule
 
 
 def model_kind(config: TransformerConfig) -> str:
@@ -54,8 +54,8 @@ def native_fps(config: TransformerConfig) -> float:
 
 
 def max_num_frames(config: TransformerConfig) -> int:
-    """Interpolated positions end with their table. RoPE goes on."""
-    if config.use_rotary_positional_embeddings or model_kind(config) == "text":
+    """A native table of positions ends; RoPE, and tables computed anew, go on."""
+    if position_rule(config) in (None, "regenerate"):
         return MAX_FRAMES
     return video_frames(latent_frames(config.sample_frames))
 
@@ -82,17 +82,20 @@ def check_size(
 def choose_size(
     config: TransformerConfig, height: int | None, width: int | None, source: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """Height and width: as asked; else the native area at the aspect of the source (its height, width)."""
+    """Height and width as asked; a missing one follows the aspect of the source (its height, width).
+
+    Where both are missing they take the native area. Without a source, what is missing is native.
+    """
     native_height, native_width, _ = native_size(config)
     if source is None or config.use_learned_positional_embeddings:  # learned positions fit one size only
         return height or native_height, width or native_width
     aspect = source[0] / source[1]
-    exact = math.sqrt(native_height * native_width * aspect)  # the height
+    exact_height = math.sqrt(native_height * native_width * aspect)
     if width:
-        exact = width * aspect
+        exact_height = width * aspect
     if height:
-        exact = height
-    return height or near_side(exact), width or near_side(exact / aspect)
+        exact_height = height
+    return height or near_side(exact_height), width or near_side(exact_height / aspect)
 
 
 def legal_num_frames(config: TransformerConfig, num_frames: int, from_clip: bool = False) -> int:

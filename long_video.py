@@ -54,7 +54,7 @@ def generate_long(
 ) -> Iterator[np.ndarray]:
     """A video of any length, in chunks uint8 f h w 3.
 
-    settings: as for `generate`, but what gives other frames than the first and last ones
+    settings: as for `generate`, without video, mask, control_video and latents
     saved: the video's path; the latents of segment i are kept beside it as …-segment-i.safetensors, and those
         that are there already are not sampled again
     """
@@ -147,7 +147,8 @@ def make_long_videos(
         if segment_file(first, 0).is_file():
             _, record = sample.load_latents(segment_file(first, 0))
             args.seed = [record.get("seed", 0)]
-    _, work = sample.prepare(models, args, settings, tell, paths_for)
+    known, work = sample.prepare(models, args, settings, tell, paths_for)
+    settings |= {"height": known.height, "width": known.width}
     models.load("vae")  # to stay for all segments, as T5 need not
     models.load("transformer")
     overlaps = segments(num_frames, native_size(models.config)[2])
@@ -159,7 +160,7 @@ def make_long_videos(
             for _ in chunks:
                 pass
             continue
-        yield path, chunks, sample.make_record(models, request, num_frames, request.height, request.width)
+        yield path, chunks, sample.make_record(models, request, num_frames, known.height, known.width)
     wait_for_ranks()  # until all are done the segments say where to go on
     for _, path in work if models.writes else []:
         for i in range(len(overlaps)):

@@ -409,7 +409,9 @@ def read_video(
         if count:
             frame = shown.read()
             sizes.add(frame.shape)
-            frames += [fit(frame[None], *size)[0] if size else frame] * count
+            if size:
+                frame = fit(frame[None], *size)[0]
+            frames += [frame] * count
         if len(frames) == num_frames:
             break
     if not frames:

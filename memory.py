@@ -10,6 +10,7 @@ to a tenth for gaps between tensors.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -90,7 +91,8 @@ def gib_used(device: torch.device) -> float:
         import resource
     except ImportError:  # Windows
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
+    unit = 1 if sys.platform == "darwin" else 2**10  # of bytes there, of KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def describe(

@@ -123,7 +123,7 @@ def _folder_items(folder: Path) -> Iterator[Item]:
             files = media
         files.setdefault(path.with_suffix(""), []).append(path)
     for stem, paths in media.items():
-        caption = captions.get(stem, [stem.with_suffix(".txt")])[0]
+        caption = captions.get(stem, [Path(f"{stem}.txt")])[0]
         for path in paths:
             where = str(path.relative_to(folder))
             try:

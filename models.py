@@ -32,7 +32,7 @@ class Models:
 
     keep: leave them in memory afterwards, for a next call
     loras: (file, weight), merged into the transformer, see `lora.load_lora`
-    raises ValueError or OSError if the folder is not a complete checkpoint
+    raises ValueError or OSError for a wrong config, schedule or tokenizer; num_parameters checks weights
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Models:
         self.schedule = Schedule.from_pretrained(model_dir)
         self.tokenizer = Tokenizer.from_pretrained(model_dir)
         self.loaded: dict[str, nn.Module] = {}  # put a module here to use it in place of the folder's
-        self.seconds: dict[str, float] = {}  # spent in each stage so far
-        self.forwards = [0, 0]  # with a step cache: of the transformer's so far, those computed, and all
+        self.seconds: dict[str, float] = {}  # in each stage so far
+        self.forwards = [0, 0]  # with a step cache: of the transformer so far, computed in full and all
 
     @property
     def kind(self) -> str:
@@ -112,7 +112,7 @@ class Models:
     def use(self, name: str, stage: str) -> Iterator[nn.Module]:
         """One network (text_encoder, vae or transformer), loaded for the block and timed as `stage`.
 
-        One that is there already, from a block around this one for instance, is used and left as it is.
+        One that is there already, from a block around this one for instance, is used untimed and stays.
         """
         if name in self.loaded:
             yield self.loaded[name]

@@ -28,12 +28,12 @@ def learning_rate(step: int, num_steps: int, lr: float, final_lr: float, warmup_
 def clip_norm(step: int, norm: float, max_grad_norm: float, wide_steps: int | None) -> float:
     """The gradient norm to cut to: max_grad_norm, or with wide_steps what the reference's train.py does.
 
-    It allows five times as much at first, falling to max_grad_norm over so many steps; after them a spike of
-    more than five times that is cut below it, by as much as it is too large, ten times at most.
+    The limit falls from five times max_grad_norm to max_grad_norm over wide_steps. After them a norm above
+    five limits is a spike: its limit is divided by norm / limit, or by ten if that is less.
     """
     if wide_steps is None:
         return max_grad_norm
-    limit = max_grad_norm * (5 - 4 * min(step / wide_steps, 1))
+    limit = max_grad_norm * (5 - 4 * min(step / max(1, wide_steps), 1))
     if step > wide_steps and norm > 5 * limit:
         return limit / min(norm / limit, 10)
     return limit
@@ -162,8 +162,8 @@ class Optim:
             if before.ema:
                 self.ema[name] = before.ema[name]
 
-    def grad_norm(self) -> Tensor:
-        """The length of the whole gradient, averaged over ranks; still on the device."""
+    def average_gradients(self) -> Tensor:
+        """Average the gradient over ranks, in place; returns its length, still on the device."""
         gradients = self._gradients()
         sharded = [gradient for gradient in gradients if is_cut(gradient)]  # FSDP has averaged
         others = [gradient for gradient in gradients if not is_cut(gradient)]

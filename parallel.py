@@ -1,4 +1,4 @@
-"""One video on several devices: the halves of guidance apart, and of each half a part of the tokens a rank.
+"""One video on several devices: the halves of guidance apart, the tokens of each shared by its ranks.
 
     two prompts b = 2 ─► the first half of an even number of ranks takes the one, the others the other
     tokens b L+n d ─► this rank's b s d ─► norms, linear layers, MLPs: token by token
@@ -25,7 +25,7 @@ BATCH, TOKENS, HEADS, TOKENS_BY_HEAD = 0, 1, 1, 2  # dimensions of b n d, and of
 
 
 def part(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
-    """This rank's of a tensor that all ranks of the mesh hold."""
+    """This rank's part of a tensor that all ranks of the mesh hold."""
     return distribute_tensor(x, mesh, [Shard(dim)], src_data_rank=None).to_local()
 
 

@@ -43,7 +43,7 @@ class Config:
     noises_per_clip: int = 1  # with a timestep each: encoding a clip may cost more than a small transformer
     timestep_shift: float = 1.0  # above 1: more of the noisy timesteps, see `stratified_timesteps`
     masks: dict[str, float] = field(default_factory=MASK_KINDS.copy)  # kinds and their shares
-    text_only: float = 0.0  # share of samples whose mask becomes everything, beyond those of `masks`
+    text_only: float = 0.0  # share of samples with everything masked and a zero condition, beyond `masks`
     motion_sub_loss: float = 0.0  # share of the loss that is of motion alone, see `denoising_losses`
     optimizer: str = "adamw"  # or "muon": that for matrices, AdamW for vectors and tables, see optim.py
     warmup_steps: int = 100  # in each phase
@@ -56,8 +56,10 @@ class Config:
     in_channels: int | None = None  # of the transformer, grown with zeros; None: as it is
     lora_rank: int | None = None  # learn thin matrices beside the transformer's, not its weights; see lora.py
     lora_alpha: float | None = None  # None: the rank
-    cached_draws: int = 0  # of each sample, taken in turn by the epochs, see cache.py; 0: nothing is kept
-    keep_on_device: bool = False  # the cache, in place of a folder
+    # Of each sample, taken in turn by the epochs, in the folder of --cache-latents, else on the device; see
+    # cache.py. 0: nothing is kept.
+    cached_draws: int = 0
+    only_full: bool = False  # samples that fill no micro-batch of their shape wait for the next epoch
     kl_weight: float = 1e-5  # of --train vae, as the next two
     equivariance: float = 0.0  # weight of EQ-VAE's penalty, see train_vae.py
     keep_encoder: bool = False  # only the decoder learns: transformers trained on its latents stay valid
@@ -76,7 +78,8 @@ def set_field(config, assignment: str):
     """A dataclass with FIELD=VALUE changed; FIELD may lead into another, as in dit.num_layers."""
     name, is_given, text = assignment.partition("=")
     first, _, rest = name.partition(".")
-    if not is_given or not hasattr(config, first) or first == "phases":
+    is_field = is_given and hasattr(config, first) and first != "phases"
+    if not is_field or (rest and not dataclasses.is_dataclass(getattr(config, first))):
         names = ", ".join(f.name for f in dataclasses.fields(config) if f.name not in ("phases", "extra"))
         raise ValueError(f"--set {assignment}: should be FIELD=VALUE, with one of {names}")
     if rest:
@@ -140,7 +143,7 @@ TINY = Config(
     max_grad_norm=1.0,
     ema_decay=0.999,
     cached_draws=1,
-    keep_on_device=True,
+    only_full=True,
     save_dtype="bfloat16",
     compile_on_gpu=True,
     dit=TransformerConfig(
@@ -174,7 +177,7 @@ TINY_VAE = replace(
     batch_size=64,
     optimizer="muon",  # on small clips 1 dB ahead of AdamW after 100 steps
     cached_draws=0,
-    keep_on_device=False,
+    only_full=False,
     weight_decay=0.0,
     timestep_shift=1.0,
     text_only=0.0,

@@ -37,7 +37,7 @@ COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 def link(source: Path, target: Path) -> None:
     """`target` becomes another name of the file `source`, or a copy where the disk knows no hard links; of a
-    folder, each file in it does, and others go: an index of shards that were there is taken before a file."""
+    folder, each file does, and what only `target` has goes: an old index of shards would be read first."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in source.iterdir() if not path.name.startswith(".")]
@@ -229,7 +229,7 @@ class Counters:
     log_bytes: int = 0  # length of log.jsonl
 
     def advance(self, micros: list[Micro], phases: tuple[Phase, ...]) -> None:
-        """Behind a step, and into the next phase (with an epoch of its own) where this one ends."""
+        """Count a step. Where it ends the phase, go to the next one, which begins a new epoch."""
         self.step += 1
         self.total_steps += 1
         self.epoch = micros[-1].epoch

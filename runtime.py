@@ -67,7 +67,7 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, whose module is slow to import and never needed by one process."""
+    """Whether it is a DTensor, whose module is slow to import and seldom needed by one process."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -146,7 +146,7 @@ def choose_device(name: str | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).item()  # not on "meta", which computes nothing
+        torch.ones(1, device=device).item()  # fails on "meta", which computes nothing
     except Exception:  # each kind of device fails in its own way
         raise ValueError(f"--device {name} is not available here; try cpu") from None
     if device.type == "cuda" and device.index is not None:
@@ -164,8 +164,8 @@ def computes_bfloat16(device: torch.device) -> bool:
 def autocast(device: torch.device, dtype: torch.dtype, keeps: bool = False) -> torch.autocast:
     """Matrix products in dtype, of weights in float32.
 
-    keeps: rounded weights, until the end of the block, for a network that uses each of them often. Those of a
-        transformer would lie in memory together, also where ranks have parts of it.
+    keeps: hold each rounded weight until the end of the block, for a network that uses it often. Those of a
+        transformer would all lie in memory at once, even where a rank holds only a part of it.
     """
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=keeps)
 
@@ -203,7 +203,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that is synced to disk and renamed to `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of several machines on one disk two processes may have the same number. Writers look at the suffix.
+    # A random name, as processes of two machines may have one number. Writers look at the suffix.
     temporary = path.with_name(f".{path.stem}.{os.urandom(8).hex()}.tmp{path.suffix}")
     try:
         temporary.touch()

@@ -11,10 +11,9 @@ from transformer import VideoTransformer
 def place(dit: VideoTransformer, device: torch.device, dtype: torch.dtype, offload: bool) -> None:
     """Move a transformer to where it computes: what learns in float32, frozen matrices in the run's dtype.
 
-    Autocast would round the frozen matrices at each use; stored so, the same bytes come out. Of several ranks
-    each has a part of every parameter and gathers a block while it computes (FSDP2), also a single rank where
-    FSDP2 is wanted for its offloading: the parts, and with them gradients and moments, stay in the host's
-    memory.
+    Autocast would round the frozen matrices at each use; stored so, the same bytes come out. With
+    several ranks each holds a part of every parameter, and gathers a block while it computes (FSDP2). With
+    offload, even on one rank, the parts, their gradients and moments stay in the host's memory.
     """
     is_sharded = offload or NUM_RANKS > 1
     if is_sharded:

@@ -30,7 +30,7 @@ def latent_grid(num_frames: int, height: int, width: int) -> tuple[int, int, int
 
 
 def num_tokens(num_frames: int, height: int, width: int, frames_per_token: int = 1) -> int:
-    """Video tokens of a clip in pixels. frames_per_token: the model's patch_size_t, which pads the last."""
+    """Video tokens of a clip in pixels. frames_per_token: the model's patch_size_t; a part counts whole."""
     return math.ceil(latent_frames(num_frames) / frames_per_token) * (height // 16) * (width // 16)
 
 
@@ -73,8 +73,8 @@ def frames_for(
 ) -> int:
     """The frames, 4k+1, of a clip that fills a token budget: those of the nearest number of latent frames.
 
-    13312 tokens are 49 frames at 512², 21 at 768², 9 at 1024². Nearest, so a budget may be passed by half a
-    latent frame: up to a sixth at nine frames.
+    13312 tokens are 49 frames at 512², 21 at 768², 9 at 1024². Nearest, so a clip may pass the
+    budget by half a latent frame: by up to a fifth at nine frames.
     frames_per_token: 2 for models that take latent frames in pairs; one frame alone stays one
     num_padding: latent frames that are put in front of them, which the budget pays for
     """
@@ -108,7 +108,7 @@ def aspect_shapes(size: int) -> list[tuple[int, int]]:
     The steps are even in the logarithm; small sizes have fewer, as neighbours fall together.
     """
     rows = [round(size / 16 * 2 ** (i / 20)) for i in range(21)]
-    tall = [(16 * r, 16 * round(size**2 / (256 * r))) for r in rows]
+    tall = [(16 * r, 16 * max(1, round(size**2 / (256 * r)))) for r in rows]
     wide = [(width, height) for height, width in tall]
     return sorted({*tall, *wide})
 

@@ -78,7 +78,7 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _child(unit: int) -> int:
-    """What darts-clone calls the offset: XORed with the next byte it gives the next unit."""
+    """What darts-clone calls the offset: XORed with this unit's index and the next byte, the next index."""
     return unit >> 10 << ((unit & 512) >> 6)
 
 
@@ -388,7 +388,7 @@ BIAS_TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
 
 
 def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """fp16 keeps `wo`, which overflows it, in fp32, and with it the residual stream; bf16 does not."""
+    """fp16 would overflow in `wo`, so `wo` and with it the residual stream stay fp32; bf16 has the range."""
     return torch.float32 if dtype == torch.float16 and ".wo." in name else dtype
 
 

@@ -157,7 +157,7 @@ def train(task, config: Config, options: argparse.Namespace, run: Run, feed: Fee
                 # The gradient is the mean over all noises, however they are cut; over ranks FSDP averages.
                 (share * NUM_RANKS).backward()
                 loss += share.detach()
-            norm = optim.grad_norm()
+            norm = optim.average_gradients()
             loss, norm = torch.stack([loss, norm.to(loss)]).tolist()  # the one wait for the device in a step
             check_finite([loss, norm], at.total_steps + 1, micros, feed.files.records)
             optim.clip(norm, clip_norm(at.total_steps, norm, config.max_grad_norm, config.wide_clip_steps))
@@ -197,8 +197,8 @@ def validate(task, optim: Optim, feed: Feed, log: Log, step: int) -> None:
 def preview(task, optim: Optim, feed: Feed, path: Path, options: argparse.Namespace) -> None:
     """Some held-out samples, as the averaged weights make them: PATH-0.gif and .png, …
 
-    The run goes on without them where they fail, for lack of memory say; not of weights that are cut, which
-    a failure may leave gathered, or of several ranks, which might wait for each other.
+    If one fails, for lack of memory say, the run goes on without it. Not so with --offload, which may leave
+    weights gathered, nor with several ranks, which might wait for each other.
     """
     with optim.averaged(), torch.compiler.set_stance("force_eager"):
         try:
@@ -265,7 +265,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--masks", nargs="+", choices=list(MASK_KINDS), metavar="KIND",
         help=f"only these of {', '.join(MASK_KINDS)}; their shares stay in proportion")  # fmt: skip
     add("--cache-latents", type=Path, metavar="DIR",
-        help="encode every sample once, under 4 draws of mask and crop, and keep it here")  # fmt: skip
+        help="encode each sample first, under 4 draws of mask and crop, and keep that here")  # fmt: skip
     add("--seed", type=int)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; bfloat16 where it is fast")
     add("--num-val", type=positive, default=16, help="samples held out")
@@ -321,7 +321,7 @@ def make_config(args: argparse.Namespace) -> Config:
         dit = replace(dit, in_channels=config.in_channels or dit.in_channels)
         config = replace(config, fps=native_fps(dit))
     if args.cache_latents:
-        config = replace(config, cached_draws=config.cached_draws or 4, keep_on_device=False)  # 4: not tuned
+        config = replace(config, cached_draws=config.cached_draws or 4, only_full=False)  # 4: not tuned
 
     changes = {}
     if args.lr:

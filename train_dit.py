@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-import data
 import sample
-from data import PICTURE_DROP, Batch, Key, Loader, Micro, Plan, Sample, load_sample, pixels_of
+from data import PICTURE_DROP, ZERO_CONDITION, Batch, Key, Loader, Micro, Plan, Sample, load_sample, pixels_of
 from diffusion import Schedule
 from inpaint import add_reference_noise, draw_noise_sigma, encode_masked, join_condition
 from kinds import is_cogvideox15, max_num_frames, model_kind, native_size, num_padding
@@ -49,7 +48,8 @@ def denoising_losses(
     """Velocity MSE in fp32, one number a noise: mean (velocity − target)².
 
     latents, noise: b 16 f h w    timesteps: b    text: b L d    condition: b c f h w or None    returns: b
-    motion_sub_loss: of the loss this share is the same of neighbouring frames' differences (VideoX-Fun: 0.25)
+    motion_sub_loss: the share of the loss that is the MSE of the differences between neighbouring frames
+        (VideoX-Fun: 0.25)
     """
     noisy = schedule.add_noise(latents, noise, timesteps)
     velocity = dit(noisy, timesteps, text, condition)
@@ -92,19 +92,19 @@ class Encoders:
             control = to_pixels(torch.stack([one.control for one in samples]).to(self.device))
             batch["control"] = torch.cat(vae.moments(control), dim=1)
         if self.kind == "image":
-            first = [self.blurred(p, one.key) for p, one in zip(pixels[:, :, :1], samples)]
+            first = [self.with_noise(p, one.key) for p, one in zip(pixels[:, :, :1], samples)]
             batch["picture"] = torch.cat(vae.moments(torch.stack(first)), dim=1)
             zero = [chance(generator(*one.key, "picture"), PICTURE_DROP) for one in samples]
             batch["zero"] = torch.tensor(zero, device=self.device)
         if self.kind == "inpaint":
             if self.config.add_noise_in_inpaint_model:
-                pixels = torch.stack([self.blurred(p, one.key) for p, one in zip(pixels, samples)])
+                pixels = torch.stack([self.with_noise(p, one.key) for p, one in zip(pixels, samples)])
             mask = torch.stack([one.mask for one in samples])[:, None].to(self.device)
             zero = torch.tensor([one.zero_if_all_masked for one in samples], device=self.device)
             batch |= encode_masked(vae, pixels, mask, zero)
         return batch
 
-    def blurred(self, pixels: Tensor, key: Key) -> Tensor:
+    def with_noise(self, pixels: Tensor, key: Key) -> Tensor:
         """A sample's pixels with the noise that image models, Fun V1.1 and V1.5 see on what is known."""
         draws = generator(*key, "reference noise", device=self.device)
         noise = torch.randn(pixels.shape, generator=draws, device=self.device)
@@ -140,8 +140,8 @@ class Denoising:
                 raise ValueError(f"position={config.position}: this model has rotary positions")
             self.dit.config.extra["position"] = self.dit.position = config.position
         if not self.dit.config.use_rotary_positional_embeddings:
-            # What all k have in common the softmax does not see: its gradient is nothing but rounding, which
-            # AdamW would enlarge to whole steps, other ones with each number of ranks.
+            # A bias that all keys share cancels in the softmax. Its gradient is only rounding, which AdamW
+            # would enlarge to whole steps, different ones for each number of ranks.
             for block in self.dit.transformer_blocks:
                 block.attn1.norm_k.bias.requires_grad_(False)
         # With a cache T5 is asked a few times before the first step: its layers are read from the disk.
@@ -154,13 +154,11 @@ class Denoising:
         """What a phase asks of the data."""
         dit = self.dit.config
         max_frames = 1 if phase.pictures else self.config.max_frames
-        if self.dit.position == "interpolate":  # a table of positions has an end
-            max_frames = min(max_frames, max_num_frames(dit))
         return Plan(
             resolutions=phase.resolutions,
             max_tokens=phase.max_tokens,
             batch_tokens=self.config.batch_size * phase.max_tokens,
-            max_frames=max_frames,
+            max_frames=min(max_frames, max_num_frames(dit)),
             frames_per_token=dit.patch_size_t or 1,
             num_padding=int(is_cogvideox15(dit)),
             size=native_size(dit)[:2] if dit.use_learned_positional_embeddings else None,
@@ -303,7 +301,8 @@ class Denoising:
         if not self.t5:  # while it learns, ids are all there is to keep
             text_settings += (files_digest(self.model_dir / "text_encoder"), str(self.dtype))
         vae = files_digest(self.model_dir / "vae")
-        shown = (self.kind, dit.add_noise_in_inpaint_model, plan.masks, plan.text_only, data.TEXT_ONLY)
+        drops = (ZERO_CONDITION, PICTURE_DROP)
+        shown = (self.kind, dit.add_noise_in_inpaint_model, plan.masks, plan.text_only, *drops)
         return DiskCache(
             *encoding,
             folder=folder,

@@ -23,7 +23,7 @@ from vae import VideoVAE
 
 
 def reconstruction_losses(pixels: Tensor, target: Tensor) -> Tensor:
-    """|e| + e² + |∇e|/2 + colour, one number a sample, for e = pixels − target: twice b 3 f h w -> b.
+    """|e| + e² + (|∂e/∂x| + |∂e/∂y|)/4 + colour for e = pixels − target, a number a sample: b 3 f h w -> b.
 
     The square finds small objects, which the absolute value alone would first leave out; the gradient
     (differences of neighbouring pixels) sharpens edges. colour is the square of what e changes between the

@@ -11,7 +11,7 @@ Text and video attend to each other as one sequence but are modulated separately
 CogVideoX: Yang et al. 2024 (arXiv 2408.06072), sec. 2.2. Reference: diffusers cogvideox_transformer_3d.py and
 CogVideoX-Fun cogvideox/models/transformer3d.py. Attributes carry the checkpoint's key names.
 
-b batch · f frames · h w height, width · c channels · n video tokens · L text tokens · d model width
+b batch · f h w frames, height, width of latents · c channels · n video tokens · L text tokens · d model width
 """
 
 import math
@@ -277,7 +277,7 @@ ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-CHECKPOINTING = {  # what is kept of a block beside its input; the backward pass computes the rest once more
+CHECKPOINTING = {  # "full" keeps a block's input, "attention" also its attention output; the rest is redone
     "full": {},
     "attention": {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)},
 }
@@ -450,7 +450,8 @@ class VideoTransformer(nn.Module):
 def grow_input_channels(dit: VideoTransformer, in_channels: int) -> None:
     """Give a model more condition channels, in place: 16 -> 33 starts inpainting from text-to-video.
 
-    The new weights are zero, so the velocity stays what it was whatever the new channels hold.
+    The new weights are zero, so at first the new channels change nothing. A 2B model now stretches its
+    positions, though (`position_rule`), so off its native grid its velocity changes.
     """
     old = dit.config
     state = dit.patch_embed.state_dict()

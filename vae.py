@@ -6,7 +6,7 @@
     conv_in ─► down block ×4 ─► mid ─► norm, conv_out   conv_in ─► mid ─► up block ×4 ─► norm, conv_out
                resnets, then               │                       resnets, each norm           │
                ↓2 time (blocks 0, 1)       ▼                       fed the latents, then        ▼
-               ↓2 space (0, 1, 2)  mean, logvar b 16 f' h' w'      ↑2 time, ↑2 space     pixels b 3 f h w
+               ↓2 space (0, 1, 2)  mean, logvar b 16 f' h' w'      ↑2 space, ↑2 time     pixels b 3 f h w
 
     f' = 1 + (f-1)/4, h' = h/8, w' = w/8
 
@@ -194,9 +194,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest ×2 in space, a convolution; then, if `time`, every frame twice (frame 0 of the video once).
+    """Nearest ×2 in space, a convolution; then, if `time`, every frame twice.
 
-    The reference repeats frames before it convolves; after is the same and half the work.
+    Frame 0 of a video is not repeated if its first chunk is odd. The reference repeats frames before it
+    convolves; after is the same and half the work.
     """
 
     def __init__(self, channels: int, time: bool):
@@ -478,8 +479,10 @@ class VideoVAE(nn.Module):
     def decode_stream(
         self, latents: Tensor, tiled: bool = False, first_alone: bool = True
     ) -> Iterator[Tensor]:
-        """Like `decode`, but yields b 3 k h w as soon as k frames are ready, in memory independent of f'; in
-        tiles only the frames are joined one chunk at a time."""
+        """Like `decode`, but yields b 3 k h w as soon as k frames are ready, in memory independent of f'.
+
+        Of a picture larger than a tile, all tiles are decoded and held first; only joining goes by chunks.
+        """
         yield from self._decoded_chunks(latents, tiled, first_alone)
 
     def _decoded_chunks(self, latents: Tensor, tiled: bool, first_alone: bool) -> Iterator[Tensor]:

@@ -164,8 +164,8 @@ class CausalConv3d(vae.CausalConv3d):
 
     def convolve_plainly(self, frames: Tensor) -> Tensor:
         """b c 2+f h w -> b c f h w. A small single clip is slow on a CPU, a batch of its frames is not."""
-        b, c, f, h, _ = frames.shape
-        if frames.is_cpu and b == 1 and f > 3 and c * f * h <= 20480:
+        b, c, num_frames, h, _ = frames.shape
+        if frames.is_cpu and b == 1 and num_frames > 3 and c * num_frames * h <= 20480:
             windows = frames[0].unfold(1, 3, 1).permute(1, 0, 4, 2, 3)  # f c 3 h w: frames after their past
             return self.conv(windows).transpose(0, 2)
         return self.conv(frames)

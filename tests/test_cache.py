@@ -138,7 +138,7 @@ def test_entries_are_what_the_networks_say(tmp_path, clips, model, home):
         torch.testing.assert_close(text[rows], want.pop("text"), rtol=0, atol=1e-5)  # in another batch of T5
         assert want.keys() == batch.keys()
         assert all(torch.equal(want[name], batch[name]) for name in want)
-    alone, among_others = (next(kept.told(captions)) for captions in (["a"], ["a", "b", "c"]))
+    alone, among_others = (next(kept.encoded_texts(captions)) for captions in (["a"], ["a", "b", "c"]))
     assert torch.equal(alone, among_others)  # to the byte, as a resumed run asks for other ones
 
 

@@ -154,7 +154,7 @@ def test_frames_that_do_not_fit_are_cut_and_said(capfd):
     write_video(NOISE[:7], "clip.mp4")
     made("x", video="clip.mp4", strength=0.5, out="a.mp4", **{"num-frames": None})
     assert len(read_video("a.mp4")) == 5
-    assert "7 frames do not fit this model: the first 5 are taken" in capfd.readouterr().out
+    assert "7 frames do not fit this model: 5 are made" in capfd.readouterr().out
 
 
 def test_a_number_that_another_run_has_taken_meanwhile_stays_its_own(monkeypatch):

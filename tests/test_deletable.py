@@ -28,7 +28,7 @@ def test_sampling_and_training_need_none_of_them(tmp_path):
     clip = [*"red --num-frames 5 --height 32 --width 32 --out clip.gif".split(), *model]
     sizes = "--resolutions 32 --max-tokens 4 --num-frames 1 --batch-size 1 --grad-accum 1".split()
     run = "--preset tiny --data pictures --out run --num-val 1 --num-previews 0 --dtype float32".split()
-    fields = ["--set", "cached_draws=0", "keep_on_device=false"]  # tiny needs cache.py
+    fields = ["--set", "cached_draws=0", "only_full=false"]  # tiny needs cache.py
     programs = f"import sample, train; sample.main({clip}); train.main({[*model, *sizes, *run, *fields]})"
     done = subprocess.run(
         [sys.executable, "-c", programs], cwd=tmp_path, capture_output=True, text=True, env=ONE_THREAD

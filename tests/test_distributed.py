@@ -26,14 +26,14 @@ INPAINT = str(GOLDENS / "fun-2b-inp")
 SMALL = "--preset tiny --data shapes --num-val 1 --resolutions 32 --max-tokens 12 --batch-size 2".split()
 SMALL += "--grad-accum 2 --num-previews 0 --preview-steps 1 --num-workers 1 --lr 1e-4".split()
 SMALL += ["--dtype", "float32", "--device", "cpu", "--model", INPAINT]
-SET = "--set num_shapes=24 warmup_steps=1 ema_decay=0.5 cached_draws=0 keep_on_device=false".split()
+SET = "--set num_shapes=24 warmup_steps=1 ema_decay=0.5 cached_draws=0 only_full=false".split()
 SET += ["save_dtype=null"]
 KINDS = {
     "dit": ["--num-previews", "1", "--set", "optimizer=muon"],
     "vae": ["--train", "vae", "--num-previews", "1"],
     "lora": ["--lora-rank", "2", "--activation-checkpointing", "--set", "optimizer=adamw"],
     "fun": "--preset fun-2b --num-frames 17 --offload".split(),  # AdamW with the reference's tiny eps
-    "kept": "--set cached_draws=1 keep_on_device=true".split(),
+    "kept": "--set cached_draws=1 only_full=true".split(),
 }
 SAMPLES = {  # one video, which two ranks compute together; of "each" three, which they share out
     "sincos": ["--model", INPAINT, *"--num-frames 5 --guidance-scale 1".split()],

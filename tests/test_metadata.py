@@ -106,10 +106,12 @@ def test_a_folder_accounts_for_every_file_in_it(tmp_path, capsys):
     assert "f.txt: is the caption of f.mp4 and f.png" in said
     assert "left out, as they are neither pictures nor clips: 1 .md, 1 .npz" in said
     put("k.heic", "k.txt", "l.txt")
+    picture.save(tmp_path / "a.v2.png")  # a.txt is not its own
     with pytest.raises(ValueError) as caught:
         data.read_metadata(tmp_path)
     assert "k.txt: is the caption of k.heic, which is not read; convert it" in str(caught.value)
     assert "l.txt: is the caption of no picture or clip" in str(caught.value)
+    assert "a.v2.png: its caption a.v2.txt is missing" in str(caught.value)
 
 
 def test_the_digest_of_the_samples_tells_other_samples_and_not_other_places(tmp_path, monkeypatch):

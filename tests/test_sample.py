@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS, assert_close, expected
+from PIL import Image
 
 import long_video
 import sample
@@ -273,12 +274,15 @@ def test_a_long_video_gives_each_segment_the_last_frames_of_the_one_before(monke
 
 
 def test_long_videos_go_on_from_the_segments_beside_them(tmp_path, monkeypatch, capsys):
-    flags = "--num-steps 1 --height 32 --width 32 --num-frames 25".split()
+    Image.new("RGB", (24, 48)).save(tmp_path / "tall.png")  # decides the size of all segments
+    flags = ["--num-steps", "1", "--num-frames", "25", "--end-image", str(tmp_path / "tall.png")]
     command = ["a cat", "a dog", *flags, "--model", str(GOLDENS / "fun-2b-inp"), "--out"]
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert sample.main([*command, str(whole), "--seed", "1"]) == 0
     assert sorted(path.name for path in whole.iterdir()) == ["0001.json", "0001.mp4", "0002.json", "0002.mp4"]
-    assert len(read_video(whole / "0001.mp4")) == 25 and "25 frames in" in capsys.readouterr().out
+    assert "25 frames in" in capsys.readouterr().out
+    record = json.loads((whole / "0001.json").read_text())
+    assert (record["height"], record["width"]) == (48, 32) == read_video(whole / "0001.mp4").shape[1:3]
     plain, calls = sample.generate, []
 
     def stops_at_the_fifth(*args, **settings):

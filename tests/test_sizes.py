@@ -44,7 +44,7 @@ def test_shapes_reach_from_1_to_4_to_4_to_1_at_equal_area(size, num_shapes):
 
 
 def test_the_nearest_shape_is_nearest_in_the_ratio_of_its_sides():
-    assert nearest_shape(512, 300, 300) == (512, 512)
+    assert nearest_shape(512, 300, 300) == (512, 512) and nearest_shape(16, 9, 10) == (16, 16)
     assert nearest_shape(512, 720, 1280) == tuple(reversed(nearest_shape(512, 1280, 720)))
     height, width = nearest_shape(512, 720, 1280)
     assert abs(width / height / (1280 / 720) - 1) < 0.06  # half a step, 2 ** (1/20), and half a step of 16

@@ -40,7 +40,7 @@ IMAGE, IMAGE_15 = GOLDENS / "cogvideox-5b-i2v", GOLDENS / "cogvideox-1.5-5b-i2v"
 PLAIN_15 = GOLDENS / "cogvideox-1.5-5b-t2v"
 SMALL = "--resolutions 32 --max-tokens 8 --num-frames 5 --num-val 1 --num-previews 0 --batch-size 2".split()
 SMALL += "--grad-accum 2 --dtype float32 --device cpu --preset tiny --lr 1e-3".split()
-FIELDS = {"num_shapes": 8, "warmup_steps": 1, "cached_draws": 0, "keep_on_device": "false"}
+FIELDS = {"num_shapes": 8, "warmup_steps": 1, "cached_draws": 0, "only_full": "false"}
 FIELDS |= {"save_dtype": "null", "text_only": 0, "equivariance": 0}
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -360,7 +360,7 @@ def test_weights_that_came_in_shards_become_what_was_learnt(tmp_path, two_steps,
 
 def test_a_run_that_keeps_samples_on_the_device_resumes_to_the_byte(tmp_path):
     """Though it asks for other samples then, which T5 is told together with others."""
-    fields = {"cached_draws": 1, "keep_on_device": "true", "num_shapes": 30}
+    fields = {"cached_draws": 1, "only_full": "true", "num_shapes": 30}
     options = ["--phase", 3, "--num-steps", 4, "--save-every", 2]
     assert run(tmp_path / "whole", *options, **fields) == 0
     again = killed_after(2, tmp_path / "whole")
@@ -432,6 +432,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
         (["--from-scratch", "--lora-rank", 2], "--lora-rank fine-tunes"),  # of zeros it would learn nothing
         (["--set", "optimizer=Muon"], "optimizer=Muon is unknown"),
         (["--set", "save_dtype=int8"], "save_dtype=int8 is unknown"),
+        (["--set", "masks.box=0.1"], "should be FIELD=VALUE"),
     ],
 )
 def test_a_run_that_would_not_learn_what_was_asked_does_not_begin(tmp_path, capsys, options, message):
