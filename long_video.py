@@ -134,7 +134,9 @@ def paths_for(target: Path, count: int, suffix: str) -> list[Path]:
     unfinished = [int(stem) for stem in stems if stem.isdecimal()]
     if not unfinished:
         return sample.output_paths(target, count, suffix)
-    return [target / f"{min(unfinished) + i:04d}{suffix}" for i in range(count)]
+    numbered = (target / f"{number:04d}{suffix}" for number in itertools.count(min(unfinished)))
+    free = (p for p in numbered if segment_file(p, 0).is_file() or not any(target.glob(f"{p.stem}.*")))
+    return list(itertools.islice(free, count))
 
 
 def make_long_videos(
@@ -142,6 +144,7 @@ def make_long_videos(
 ) -> Iterator[Video]:
     """In place of `sample.make_videos`: each is written while it is made."""
     num_frames = settings.pop("num_frames")
+    overlaps = segments(num_frames, native_size(models.config)[2])
     if args.seed is None:  # a run that was broken off goes on with its own
         first, *_ = paths_for(Path(args.out), len(args.prompt), ".mp4")
         if segment_file(first, 0).is_file():
@@ -151,7 +154,6 @@ def make_long_videos(
     settings |= {"height": known.height, "width": known.width}
     models.load("vae")  # to stay for all segments, as T5 need not
     models.load("transformer")
-    overlaps = segments(num_frames, native_size(models.config)[2])
     tell(f"{num_frames} frames in segments that have {overlaps[1:]} in common with those before")
     for request, path in work:
         settings["seed"] = request.seed

@@ -425,7 +425,7 @@ def read_mask(source: Picture, num_frames: int, height: int, width: int, fps: fl
     """Where to generate, bool f h w: True where a picture (held over all frames) or a clip is white, ≥ 240.
 
     Transparent is not white, whatever colour it hides: masks are painted on transparent layers.
-    source: path, PIL picture, or array h w, h w 3, f h w, f h w 1 or f h w 3, uint8 or bool; resized to fit
+    source: path, PIL picture, or array (f) h w, (f) h w 3, h w 4 or f h w 1, uint8 or bool; resized to fit
     raises ValueError if a mask of several frames has fewer than `num_frames`
     """
     if isinstance(source, (str, Path)) and is_clip(source):
@@ -436,8 +436,8 @@ def read_mask(source: Picture, num_frames: int, height: int, width: int, fps: fl
         frames = np.asarray(source)
         if frames.dtype == bool:
             frames = frames.astype(np.uint8) * 255
-        if frames.ndim == 2 or frames.ndim == 3 and frames.shape[-1] == 3:
-            frames = frames[None]
+        if frames.ndim == 2 or frames.ndim == 3 and frames.shape[-1] in (3, 4):
+            frames = read_image(frames, BLACK)[None]
         if frames.ndim == 4 and frames.shape[-1] == 1:
             frames = frames[..., 0]
     if 1 < len(frames) < num_frames:

@@ -89,10 +89,8 @@ class Request:
             raise ValueError(f"{name} takes one image, not {len(self.images)}; one of 33 channels takes more")
         if self.strength < 1 and self.video is None:
             raise ValueError(f"strength={self.strength} needs a video to start from")
-        for number, (least, most, advice) in BOUNDS.items():
-            value = getattr(self, number)
-            if value is not None and not least <= value <= most:  # true of NaN, too
-                raise ValueError(f"{number}={value} is outside {least} … {most}; {advice}")
+        for number in BOUNDS:
+            check_number(number, getattr(self, number))
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 999:
             raise ValueError(f"guidance_interval={low} {high} is not two timesteps in 0 … 999, lower first")
@@ -118,6 +116,13 @@ class Request:
     def texts(self) -> tuple[str, ...]:
         """The prompt, after the negative one if there is guidance."""
         return (self.negative_prompt, self.prompt) if self.guidance_scale > 1 else (self.prompt,)
+
+
+def check_number(name: str, value: float | None) -> None:
+    """ValueError if one of BOUNDS is outside of them."""
+    least, most, advice = BOUNDS[name]
+    if value is not None and not least <= value <= most:  # true of NaN, too
+        raise ValueError(f"{name}={value} is outside {least} … {most}; {advice}")
 
 
 def complete(request: Request, models) -> Request:

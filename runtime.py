@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -232,6 +233,10 @@ def sync(path: Path) -> None:
 # ---------------------------------------------------------------- errors
 
 
+# What the allocators of CPUs and of mps say.
+NO_MEMORY = "can't allocate memory|MPS backend out of memory|Invalid buffer size"
+
+
 def in_one_line(error: BaseException, memory_remedy: str) -> str | None:
     """One sentence for an error that a user can cause and mend; None for a mistake of ours.
 
@@ -239,8 +244,8 @@ def in_one_line(error: BaseException, memory_remedy: str) -> str | None:
     """
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no C++ compiler, say
         message = f"torch.compile: {str(error).splitlines()[0]}; leave out --compile"
-    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        message = f"out of memory; {memory_remedy}"  # the latter is what the CPU's allocator says
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(NO_MEMORY, str(error)):
+        message = f"out of memory; {memory_remedy}"
     elif isinstance(error, OSError) and error.errno is not None:
         message = f"{error.filename or 'a file'}: {error.strerror}; is the path right, and is there room?"
     elif isinstance(error, ModuleNotFoundError) and "." not in (error.name or "."):

@@ -37,7 +37,7 @@ from inpaint import add_reference_noise, inpaint_condition
 from kinds import native_fps, native_size
 from media import WRITERS, to_pixels, to_uint8, write_video
 from models import Models, load_models
-from request import Known, Request, complete, latent_shape, read_inputs
+from request import Known, Request, check_number, complete, latent_shape, read_inputs
 from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, listed, say
 from sizes import latent_frames, num_tokens
 from transformer import VideoTransformer
@@ -506,7 +506,7 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, tell: 
     made = []
     for latents, (request, path) in zip(generate_each(models, [request for request, _ in work], known), work):
         if models.writes:
-            if Path(args.out).is_dir() and path.with_suffix(".safetensors").exists():
+            if Path(args.out).is_dir() and any(path.parent.glob(f"{path.stem}[.-]*")):
                 # A run that was started meanwhile has taken the number.
                 [path] = output_paths(Path(args.out), 1, path.suffix)
             record = make_record(models, request, known.num_frames, known.height, known.width)
@@ -519,6 +519,7 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, tell: 
 
 def decode_again(args: argparse.Namespace) -> tuple[Models, list[Video]]:
     """From latents that were saved, with the model, dtype and fps of then unless others are given."""
+    check_number("fps", args.fps)
     latents, record = load_latents(Path(args.from_latents))
     args.model = args.model or record.get("model")
     args.dtype = args.dtype or record.get("dtype")

@@ -133,6 +133,7 @@ def test_a_kill_while_decoding_loses_nothing(monkeypatch, capfd):
     assert sample.main(["--from-latents", "a.safetensors", "--out", "b.gif"]) == 0
     assert Path("b.gif").read_bytes() == Path("whole.gif").read_bytes()
     assert json.loads(Path("b.json").read_text())["prompt"] == "x"
+    assert sample.main(["--from-latents", "a.safetensors", "--fps", "nan"]) == 2
 
 
 # ---------------------------------------------------------------- sizes and clips

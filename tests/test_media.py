@@ -55,6 +55,8 @@ def test_pictures_are_resized_to_the_same_bytes_as_by_the_reference():
 def test_a_mask_picture_is_white_in_the_same_pixels_as_in_the_reference():
     theirs = expected("fun-2b-inp")["pre.v2v_mask.mask"][0] / 255
     ours = media.read_mask(ASSETS / "mask.png", 9, 32, 48)
+    as_array = np.asarray(Image.open(ASSETS / "mask.png").convert("RGBA"))
+    assert torch.equal(media.read_mask(as_array, 9, 32, 48), ours)
     assert ours.shape == (9, 32, 48) and ours.dtype == torch.bool
     assert torch.equal(ours.float(), theirs.expand(9, -1, -1))
 

@@ -301,6 +301,9 @@ def test_long_videos_go_on_from_the_segments_beside_them(tmp_path, monkeypatch, 
     assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in whole.iterdir())
     for name in ("0001.mp4", "0002.mp4"):
         assert (again / name).read_bytes() == (whole / name).read_bytes()
+    (again / "0003-segment-1.safetensors").touch()
+    (again / "0004.mp4").touch()  # of another run, which came between
+    assert [path.stem for path in long_video.paths_for(again, 2, ".mp4")] == ["0003", "0005"]
 
 
 def test_a_segment_fades_in_over_the_frames_it_shares():
