@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 import data
 from data import Batch, Epochs, Files, Loader, Micro, load_sample
 from log import as_time
 from presets import Config, Phase
-from runtime import NUM_RANKS, RANK, say, wait_for_ranks
+from runtime import NUM_RANKS, RANK, say, sum_over_ranks, wait_for_ranks
 
 
 class Feed:
@@ -67,7 +69,7 @@ class Feed:
         held_out = self.task.cache(self.held_out_loader, self.plan, self.cache_dir, self.held_out_digests)
         count = self.cache.fill(asked[RANK::NUM_RANKS])
         count += held_out.fill(self.held_out_micros[RANK::NUM_RANKS])
-        wait_for_ranks()
+        count = int(sum_over_ranks(torch.tensor(count)))  # by then all ranks have made theirs
         self.held_out = list(zip(held_out.batches(self.held_out_micros), self.held_out_micros))
         return count
 

@@ -211,7 +211,8 @@ def begin_folder(out: Path, model_dir: Path | None, config: Config, from_scratch
             link(there[name], out / name)
         elif name in wanted:
             make_component(name, config, out)
-    write_model_index(out, model_dir, config.in_channels)
+    is_new = config.train == "dit" and "transformer" not in there
+    write_model_index(out, model_dir, config.dit.in_channels if is_new else config.in_channels)
 
 
 # ---------------------------------------------------------------- where a run is
@@ -274,7 +275,7 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
             raise ValueError(f"--out {out} holds a model, which a new run would replace; choose another")
         if model_dir and (model_dir / LORA).is_file():
             raise ValueError(f"{model_dir} is a base model with a LoRA, which would be left out; go on "
-                             f"with --resume and --out {model_dir}, or give the base model")  # fmt: skip
+                             "with --resume and the --out of its run, or give the base model")  # fmt: skip
         if options.resume:
             say(f"note: there is no checkpoint in {out}; a new run begins")
         if RANK == 0:
@@ -289,11 +290,13 @@ def begin_or_resume(config: Config, settings: dict, options: argparse.Namespace)
     last, length = config.phases[-1], f"num_steps of phase {len(config.phases)}"
     if last.lr == last.final_lr and now[length] > before.get(length, 0):
         before[length] = now[length]  # at a constant rate a run may become longer
+    remedy = "repeat the settings to resume"
+    if not config.lora_rank:  # from which no new run begins
+        remedy += ", or start a new run from it with --model"
     for name, value in now.items():
         was = before.get(name, value)  # a checkpoint may be older than a setting
         if value != was:
-            raise ValueError(f"{newest} was trained with {name} = {was}, now it is {value}; repeat the "
-                             "settings to resume, or start a new run from it with --model")  # fmt: skip
+            raise ValueError(f"{newest} was trained with {name} = {was}, now it is {value}; {remedy}")
     say(f"resuming from {newest}")
     if RANK == 0:
         publish(out, newest, options.keep)  # the kill may have come between saving and this

@@ -372,8 +372,9 @@ def check_config(config: Config, args: argparse.Namespace) -> None:
     for flag in "cache-latents lora-rank in-channels masks offload compile activation-checkpointing".split():
         if not is_dit and getattr(args, flag.replace("-", "_")):
             raise ValueError(f"--{flag} is for --train dit; leave it out")
-    if config.cached_draws and not is_dit:
-        raise ValueError("cached_draws is for --train dit; leave it out")
+    for name in ("cached_draws", "noises_per_clip"):
+        if getattr(config, name) != getattr(Config, name) and not is_dit:
+            raise ValueError(f"{name} is for --train dit; leave it out")
     if config.keep_encoder and (is_dit or not args.model or args.from_scratch):
         raise ValueError("keep_encoder is for the VAE of a --model, with --train vae and no --from-scratch")
     if config.lora_rank and (config.in_channels or config.position):

@@ -433,6 +433,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_files(
         (["--set", "optimizer=Muon"], "optimizer=Muon is unknown"),
         (["--set", "save_dtype=int8"], "save_dtype=int8 is unknown"),
         (["--set", "masks.box=0.1"], "should be FIELD=VALUE"),
+        (["--train", "vae", "--set", "noises_per_clip=2"], "noises_per_clip is for --train dit"),
     ],
 )
 def test_a_run_that_would_not_learn_what_was_asked_does_not_begin(tmp_path, capsys, options, message):
