@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import Plan, Record, bucket_at, open_record, read_all, sizes_for
-from media import notes, read_image, shown_frames
+from media import check_fps, notes, read_image, shown_frames
 from metadata import Entry, scan_metadata
 from runtime import generator, integer, say
 from sample import Parser
@@ -134,6 +134,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(argv)
     try:
+        check_fps(args.fps)
         check_frames(args.num_frames)
         for size in args.resolutions:
             check_side("--resolutions", size)

@@ -19,7 +19,6 @@ import functools
 import io
 import itertools
 import math
-import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -113,8 +112,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _to_rgb(picture: Image.Image, name: object, background: int) -> np.ndarray:
-    with contextlib.suppress(SyntaxError, struct.error):  # what some programs write as EXIF is none
-        picture = ImageOps.exif_transpose(picture)
+    picture = picture.copy()
+    with contextlib.suppress(Exception):  # what some programs write as EXIF is none
+        ImageOps.exif_transpose(picture, in_place=True)  # turns it first, then minds the other tags
     if picture.mode in ("I", "F"):
         problem = f"{name} has pixels of 32 bits, which do not say what is white"
         raise ValueError(f"{problem}; save it as 8-bit .png")
@@ -161,8 +161,8 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     if (full_height, full_width) == (height, width):
         return frames
     scale = min(full_height / height, full_width / width)  # pixels of the file for one of ours
-    top = (full_height - height * scale) / 2
-    left = (full_width - width * scale) / 2
+    top = max(0.0, (full_height - height * scale) / 2)  # rounding may leave -1e-13, which PIL refuses
+    left = max(0.0, (full_width - width * scale) / 2)
     return resize(frames, height, width, box=(left, top, full_width - left, full_height - top))
 
 
@@ -200,6 +200,8 @@ def _open_clip(path: str | Path) -> Iterator[OpenClip]:
                 stream = next((other for other in container.streams.video if other.frames > 1), stream)
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise ValueError(f"{path} holds no video; give an .mp4 or .gif")
+            if stream.codec_context is None:  # a camera's raw format, say
+                raise ValueError(f"{path} holds video that FFmpeg cannot decode; convert it to .mp4")
             if container.metadata.get("major_brand", "").startswith(("hei", "mif1")):  # FFmpeg shows a tile
                 raise ValueError(f"{path} is a HEIC picture, which is not read here; convert it to .jpg")
             stream.thread_count = 1  # threads read ahead, and may fail beyond the span
@@ -297,7 +299,7 @@ def _animation_frames(path: str | Path, background: int) -> Iterator[Timed]:
                 seconds += (picture.info.get("duration") or 100) / 1000
             rounding = 0.005 if picture.format == "GIF" else 0  # it counts in 1/100 s
             yield Timed(seconds - rounding)
-    except (OSError, SyntaxError, EOFError) as error:
+    except Exception as error:  # PIL's decoders raise nearly anything on damaged files
         raise ValueError(f"{path} is damaged ({error}); make it again, for instance as .mp4") from None
 
 
@@ -335,13 +337,14 @@ def shown_frames(path: str | Path, start: float = 0.0, background: int = WHITE) 
 def _measure(path: str | Path) -> tuple[int, float]:
     """Frames and seconds of a clip, from its header, else by going through its packets."""
     if _picture_kind(path) == "animation":
-        *frames, end = _animation_frames(path, WHITE)
-        return len(frames), end.seconds
+        times = [frame.seconds for frame in _animation_frames(path, WHITE)]
+        return len(times) - 1, times[-1]  # the last one only says when the clip ends
     with _open_clip(path) as clip:
         stream = clip.stream
         if stream.frames > 0 and (stream.duration or 0) > 0:
             num_cut = sum(entry.is_discard for entry in stream.index_entries)  # a trimmed .mp4 keeps them
-            return max(1, stream.frames - num_cut), float(stream.duration * stream.time_base)
+            num_frames = max(stream.frames, len(stream.index_entries))  # a fragmented .mp4 says its first's
+            return max(1, num_frames - num_cut), float(stream.duration * stream.time_base)
         num_frames = 0
         seconds = 0.0
         last = None  # the time of the packet before
@@ -374,6 +377,12 @@ def probe_video(path: str | Path) -> ClipInfo:
     height, width = first.read().shape[:2]
     num_frames, seconds = _measure(path)
     return ClipInfo(num_frames, num_frames / seconds, height, width, seconds)
+
+
+def check_fps(fps: float) -> None:
+    """ValueError for a rate that no clip can be read at."""
+    if not 0.1 <= fps <= 1000:  # true of NaN, too
+        raise ValueError(f"fps={fps} is outside 0.1 … 1000; the models like 8 or 16")
 
 
 def read_video(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import kinds
 from diffusion import SAMPLERS
-from media import Clip, Picture, read_image, read_mask, read_video, resize
+from media import Clip, Picture, check_fps, read_image, read_mask, read_video, resize
 from sizes import latent_grid
 from transformer import TransformerConfig
 
@@ -36,7 +36,6 @@ BOUNDS = {  # of numbers that would else give noise, or nothing, after a long wa
     "noise_aug_strength": (0, 10, "try 0.0563"),
     "num_steps": (1, 1000, "the models like 50"),
     "seed": (0, 2**63 - 1, "any in between will do"),
-    "fps": (0.1, 1000, "the models like 8 or 16"),
     "step_cache": (0, 10, "0 computes every step, 0.1 fewer, 0.2 fewer still"),
 }
 
@@ -89,8 +88,12 @@ class Request:
             raise ValueError(f"{name} takes one image, not {len(self.images)}; one of 33 channels takes more")
         if self.strength < 1 and self.video is None:
             raise ValueError(f"strength={self.strength} needs a video to start from")
-        for number in BOUNDS:
-            check_number(number, getattr(self, number))
+        for number, (least, most, advice) in BOUNDS.items():
+            value = getattr(self, number)
+            if value is not None and not least <= value <= most:  # true of NaN, too
+                raise ValueError(f"{number}={value} is outside {least} … {most}; {advice}")
+        if self.fps is not None:
+            check_fps(self.fps)
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 999:
             raise ValueError(f"guidance_interval={low} {high} is not two timesteps in 0 … 999, lower first")
@@ -116,13 +119,6 @@ class Request:
     def texts(self) -> tuple[str, ...]:
         """The prompt, after the negative one if there is guidance."""
         return (self.negative_prompt, self.prompt) if self.guidance_scale > 1 else (self.prompt,)
-
-
-def check_number(name: str, value: float | None) -> None:
-    """ValueError if one of BOUNDS is outside of them."""
-    least, most, advice = BOUNDS[name]
-    if value is not None and not least <= value <= most:  # true of NaN, too
-        raise ValueError(f"{name}={value} is outside {least} … {most}; {advice}")
 
 
 def complete(request: Request, models) -> Request:

@@ -35,9 +35,9 @@ from checkpoint import LORA, find_model, open_safetensors, save_tensors, unknown
 from diffusion import SAMPLERS, SNR_SHIFTED, Schedule, guidance_at, guide
 from inpaint import add_reference_noise, inpaint_condition
 from kinds import native_fps, native_size
-from media import WRITERS, to_pixels, to_uint8, write_video
+from media import WRITERS, check_fps, to_pixels, to_uint8, write_video
 from models import Models, load_models
-from request import Known, Request, check_number, complete, latent_shape, read_inputs
+from request import Known, Request, complete, latent_shape, read_inputs
 from runtime import DTYPES, NUM_RANKS, RANK, agree, atomic_write, choose_device, listed, say
 from sizes import latent_frames, num_tokens
 from transformer import VideoTransformer
@@ -519,7 +519,8 @@ def make_videos(models: Models, args: argparse.Namespace, settings: dict, tell: 
 
 def decode_again(args: argparse.Namespace) -> tuple[Models, list[Video]]:
     """From latents that were saved, with the model, dtype and fps of then unless others are given."""
-    check_number("fps", args.fps)
+    if args.fps is not None:
+        check_fps(args.fps)
     latents, record = load_latents(Path(args.from_latents))
     args.model = args.model or record.get("model")
     args.dtype = args.dtype or record.get("dtype")

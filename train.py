@@ -40,7 +40,7 @@ from feed import Feed
 from inpaint import MASK_KINDS
 from kinds import native_fps, native_size
 from log import Log
-from media import write_video
+from media import check_fps, write_video
 from optim import OPTIMIZERS, Optim, clip_norm, learning_rate
 from presets import PRESETS, Config, Phase, set_field
 from run_folder import Run, begin_or_resume, round_weights, save
@@ -353,6 +353,7 @@ def check_config(config: Config, args: argparse.Namespace) -> None:
         folder = MADE_OF.get(assignment.partition(".")[0])
         if folder and args.model and (args.model / folder).is_dir() and not args.from_scratch:
             raise ValueError(f"--set {assignment}: {folder}/ of --model stays as it is; add --from-scratch")
+    check_fps(config.fps)
     check_frames(config.max_frames)
     if args.phase > len(config.phases):
         remedy = "; --phase-steps takes a number for each, from the first on" if args.phase_steps else ""

@@ -17,10 +17,11 @@ CASES = Path(__file__).parent / "cases"
 
 
 def encode(
-    path: Path, num_frames=30, fps=30, height=32, width=48, stamps=None, gop=12, codec="libx264", aspect=1
-) -> Path:
+    path: Path, num_frames=30, fps=30, height=32, width=48, stamps=None, gop=12, codec="libx264", aspect=1,
+    movflags="faststart",
+) -> Path:  # fmt: skip
     """A clip whose frame i is grey i * 8, top left quarter white."""
-    with av.open(path, "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
+    with av.open(path, "w", options={"movflags": movflags} if path.suffix == ".mp4" else {}) as container:
         stream = container.add_stream(codec, rate=fps, options={"g": str(gop), "b": "4M"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.sample_aspect_ratio = media.Fraction(aspect)
@@ -88,6 +89,10 @@ def test_a_photograph_is_turned_upright_and_what_is_no_exif_is_not_minded(tmp_pa
     exif[0x0112] = 6  # "rotate 90 degrees clockwise to show"
     picture.save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(media.read_image(tmp_path / "turned.png"), np.rot90(np.asarray(picture), -1))
+    entries = struct.pack("<HHIIHHI4s", 0x0112, 3, 1, 6, 0x011A, 2, 3, b"72\0\0")  # a resolution that is text
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    picture.save(tmp_path / "odd.png", exif=exif)
+    assert np.array_equal(media.read_image(tmp_path / "odd.png"), np.rot90(np.asarray(picture), -1))
     picture.save(tmp_path / "prompt.png", exif=b"a red circle")  # programs that make pictures write such
     assert np.array_equal(media.read_image(tmp_path / "prompt.png"), picture)
 
@@ -107,6 +112,15 @@ def test_a_clip_is_read_at_the_nearest_frames_of_any_rate(tmp_path, ending):
     info = media.probe_video(path)
     assert (info.num_frames, info.height, info.width) == (30, 32, 48)
     assert abs(info.fps - 30) < 0.1 and abs(info.seconds - 1) < 0.01  # mkv counts milliseconds
+
+
+def test_a_clip_in_fragments_is_as_long_as_all_of_them_and_an_unknown_codec_is_named(tmp_path):
+    path = encode(tmp_path / "clip.mp4", gop=10, movflags="frag_keyframe")
+    assert media.probe_video(path).num_frames == 30
+    path = encode(tmp_path / "raw.avi", codec="mpeg4")
+    path.write_bytes(path.read_bytes().replace(b"FMP4", b"XRAW"))
+    with pytest.raises(ValueError, match="raw.avi holds video that FFmpeg cannot decode"):
+        media.read_video(path)
 
 
 def test_a_clip_is_read_by_its_timestamps_and_gains_no_frame_by_rounding(tmp_path):
@@ -180,6 +194,7 @@ def test_fitting_covers_the_shape_and_cuts_evenly():
     assert abs(int(wide[0, 25, -1, 0]) - 148) <= 1 and wide[0, 0, 25, 0] == wide[0, -1, 25, 0]
     assert np.array_equal(media.fit(ramp.swapaxes(1, 2), 50, 50), wide.swapaxes(1, 2))
     assert np.array_equal(media.fit(ramp, 100, 100), ramp[:, :, 50:150])
+    assert media.fit(np.zeros((1, 42, 21, 3), np.uint8), 16, 304).shape == (1, 16, 304, 3)  # rounds below 0
     fitted = media.fit(media.read_video(CASES / "hflip.mp4", 3), 24, 40)
     assert np.array_equal(media.read_video(CASES / "hflip.mp4", 3, size=(24, 40)), fitted)
 
