@@ -75,9 +75,10 @@ def grey(values: Tensor, low: float = -3, high: float = 3) -> np.ndarray:
 
 def as_png(picture: Image.Image, max_bytes: int) -> bytes:
     """A file, in few colours where it would be large."""
-    for num_colors in (None, 96, 64, 32):
+    for num_colors in (None, 256, 96, 32):
         file = io.BytesIO()
-        (picture.quantize(num_colors) if num_colors else picture).save(file, "PNG", optimize=True)
+        octree = Image.Quantize.FASTOCTREE  # keeps colours that are rare, as the default does not
+        (picture.quantize(num_colors, octree) if num_colors else picture).save(file, "PNG", optimize=True)
         if len(file.getvalue()) <= max_bytes:
             break
     return file.getvalue()

@@ -1,6 +1,6 @@
 """What the options that save steps or memory change, measured on a model of the drawn world.
 
-    python tools/options.py checkpoints/tiny --num 32     the table of docs/speed.md: five minutes on one core
+    python tools/options.py checkpoints/tiny --num 16     the table of docs/speed.md: seven minutes on one core
     python tools/options.py checkpoints/tiny --num 2 --rows "dpm++ 20" "step cache 0.1"
 
 Held-out captions at 64×64×17, guidance 2, seeds and judgement as in evaluate.py. Each way makes the same
@@ -51,7 +51,7 @@ def measure(models: sample.Models, name: str, index: int) -> tuple[np.ndarray, d
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--num", type=int, default=32, help="clips of each way")
+    parser.add_argument("--num", type=int, default=16, help="clips of each way")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
