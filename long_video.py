@@ -129,7 +129,8 @@ def load_segment(file: Path, record: dict) -> Tensor:
 
 
 def paths_for(target: Path, count: int, suffix: str) -> list[Path]:
-    """As `sample.output_paths`; but in a folder the numbers of a run that was broken off there."""
+    """As `sample.output_paths`; but in a folder from the first number of a run that was broken
+    off there on, past those that other runs have taken."""
     stems = [path.stem.removesuffix("-segment-1") for path in target.glob("*-segment-1.safetensors")]
     unfinished = [int(stem) for stem in stems if stem.isdecimal()]
     if not unfinished:

@@ -343,7 +343,8 @@ def _measure(path: str | Path) -> tuple[int, float]:
         stream = clip.stream
         if stream.frames > 0 and (stream.duration or 0) > 0:
             num_cut = sum(entry.is_discard for entry in stream.index_entries)  # a trimmed .mp4 keeps them
-            num_frames = max(stream.frames, len(stream.index_entries))  # a fragmented .mp4 says its first's
+            # The header of a fragmented .mp4 counts the frames of the first fragment alone.
+            num_frames = max(stream.frames, len(stream.index_entries))
             return max(1, num_frames - num_cut), float(stream.duration * stream.time_base)
         num_frames = 0
         seconds = 0.0

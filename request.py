@@ -126,7 +126,7 @@ def complete(request: Request, models) -> Request:
     request.check(models.config)
     own = {
         "guidance_scale": models.schedule.default_guidance_scale,
-        "sampler": request.sampler or models.default_sampler,  # where it is needed: it may raise
+        "sampler": request.sampler or models.default_sampler,  # which may raise
         "fps": kinds.native_fps(models.config),
         "seed": int.from_bytes(os.urandom(4)),
     }

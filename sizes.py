@@ -73,8 +73,8 @@ def frames_for(
 ) -> int:
     """The frames, 4k+1, of a clip that fills a token budget: those of the nearest number of latent frames.
 
-    13312 tokens are 49 frames at 512², 21 at 768², 9 at 1024². Nearest, so a clip may pass the
-    budget by half a latent frame: by up to a fifth at nine frames.
+    13312 tokens are 49 frames at 512², 21 at 768², 9 at 1024². Nearest, so a clip may pass the budget
+    by half a latent frame: by up to a fifth at nine frames.
     frames_per_token: 2 for models that take latent frames in pairs; one frame alone stays one
     num_padding: latent frames that are put in front of them, which the budget pays for
     """

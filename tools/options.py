@@ -1,6 +1,6 @@
 """What the options that save steps or memory change, measured on a model of the drawn world.
 
-    python tools/options.py checkpoints/tiny --num 16    the table of docs/speed.md: ten minutes on one core
+    python tools/options.py checkpoints/tiny --num 16    the table of docs/speed.md: eight minutes on one core
     python tools/options.py checkpoints/tiny --num 2 --rows "dpm++ 20" "step cache 0.1"
 
 Held-out captions at 64×64×17, guidance 2, seeds and judgement as in evaluate.py. Each way makes the same
